@@ -4,7 +4,6 @@ Knows offsets and dtypes; knows nothing of codecs, transfers or runtime paramete
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
