@@ -1,0 +1,1 @@
+"""The math of a training step: tensors in, tensors out. Knows nothing of models, processes, files or settings."""
