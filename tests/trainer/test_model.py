@@ -1,0 +1,118 @@
+"""The packed policy against transformers' own forward, one sample at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from flashrl_trainer.batch import TrainingSample, pack
+from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
+from flashrl_trainer.logprobs import token_logprobs
+from flashrl_trainer.model import load_policy
+
+COMMON = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**COMMON),
+    "qwen2_tied": Qwen2Config(**COMMON, tie_word_embeddings=True),
+    "qwen2_window": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": Qwen3Config(**COMMON, head_dim=16),
+    "mistral": MistralConfig(**COMMON, sliding_window=5),
+    "gemma": GemmaConfig(**COMMON, head_dim=8),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    yield start_ranks("cpu", timeout_s=30)
+    stop_ranks()
+
+
+def sample(length: int, num_prompt_tokens: int, *, in_loss: bool = True) -> TrainingSample:
+    ids = torch.randint(0, 61, (length,)).tolist()
+    response = length - num_prompt_tokens
+    return TrainingSample(ids, num_prompt_tokens, [-1.0] * response, [(0, 0, response)], 1.0, in_loss)
+
+
+def reference(folder: Path, samples: list[TrainingSample], temperature: float) -> torch.Tensor:
+    """Log-probs [T] from transformers' eager attention, one unpadded sample at a time; 0 outside the loss."""
+    lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = []
+    for item in samples:
+        ids = torch.tensor([item.token_ids])
+        logits = lm(input_ids=ids).logits[0, :-1].double() / temperature
+        found = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None]).squeeze(1)
+        row = torch.cat([torch.zeros(1), found.detach().float()])
+        row[: item.num_prompt_tokens if item.in_loss else len(row)] = 0
+        rows.append(row)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_log_probs_equal_those_of_single_samples(family: str, ranks: Ranks, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    samples = [sample(9, 4), sample(17, 1), sample(2, 1), sample(5, 2, in_loss=False), sample(12, 11)]
+    policy = load_policy(
+        str(tmp_path), ranks, compute_dtype="float32", checkpointing=False, temperature=0.7, chunk_tokens=4
+    )
+    with torch.no_grad():
+        logprobs, entropy = policy(pack(samples))
+    torch.testing.assert_close(logprobs, reference(tmp_path, samples, 0.7), atol=2e-5, rtol=0)
+    assert bool((entropy[logprobs != 0] > 0).all())
+
+
+def test_recomputed_blocks_give_the_same_gradients(ranks: Ranks, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    AutoModelForCausalLM.from_config(FAMILIES["qwen2_tied"]).save_pretrained(tmp_path)
+    batch = pack([sample(9, 4), sample(7, 2)])
+    gradients = []
+    for checkpointing in (False, True):
+        policy = load_policy(
+            str(tmp_path), ranks, compute_dtype="float32", checkpointing=checkpointing, temperature=1.0, chunk_tokens=64
+        )
+        policy(batch)[0].sum().backward()
+        gradients.append({name: p.grad.full_tensor() for name, p in policy.named_parameters()})  # type: ignore[union-attr,attr-defined,operator]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_chunked_log_probs_and_gradients_equal_float64(chunk_tokens: int) -> None:
+    torch.manual_seed(5)
+    hidden, head = torch.randn(10, 6, dtype=torch.float64), torch.randn(13, 6, dtype=torch.float64)
+    targets, weights = torch.randint(0, 13, (10,)), torch.randn(10, dtype=torch.float64)
+    exact = [t.clone().requires_grad_() for t in (hidden, head)]
+    distribution = torch.log_softmax(exact[0] @ exact[1].t() / 1.3, dim=1)
+    expected = distribution.gather(1, targets[:, None]).squeeze(1)
+    (expected * weights).sum().backward()
+    ours = [t.float().requires_grad_() for t in (hidden, head)]
+    logprobs, entropy = token_logprobs(*ours, targets, 1.3, chunk_tokens)
+    (logprobs * weights.float()).sum().backward()
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(distribution.exp() * distribution).sum(1), atol=1e-6, rtol=1e-6)
+    for mine, reference_tensor in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), reference_tensor.grad, atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+
+
+def test_a_missing_folder_is_one_line_naming_the_setting(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model\.path: no folder .*nowhere$"):
+        load_policy(
+            str(tmp_path / "nowhere"),
+            ranks,
+            compute_dtype="float32",
+            checkpointing=False,
+            temperature=1.0,
+            chunk_tokens=8,
+        )

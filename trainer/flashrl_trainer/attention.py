@@ -1,0 +1,84 @@
+"""Attention over packed documents: each sees itself only, causally, with no padding and no [T, T] mask.
+
+Registered with transformers under `NAME`; a model gets `cu_seq_lens_q` [S+1] int32 and `max_length_q` as keyword
+arguments of its forward. Knows nothing of particular architectures.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "packed_documents"  # transformers takes any name with "flash" in it for a kernel to download
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def register() -> None:
+    """Make `attn_implementation=NAME` known to transformers; may be called again."""
+    AttentionInterface.register(NAME, packed_attention)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
+
+    A window w lets a token see itself and w - 1 before it. Raises ValueError for dropout and for options of
+    architectures that this does not compute, rather than leave them out.
+    """
+    present = [name for name in _UNSUPPORTED if options.get(name) is not None]
+    if present or dropout:
+        raise ValueError(f"model: attention with {', '.join(present) or 'dropout'} is not supported in training")
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    if query.device.type == "cuda":
+        return _on_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+    return _by_document(query, key, value, cu_seq_lens_q.tolist(), scaling, window), None
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # imports CUDA kernels
+
+    groups = query.shape[1] // key.shape[1]
+    reach = (-1 if window is None else window - 1, 0)
+    rows = query[0].transpose(0, 1)  # [T, heads, D]
+    keys, values = (states[0].repeat_interleave(groups, dim=0).transpose(0, 1) for states in (key, value))
+    out = varlen_attn(rows, keys, values, bounds, bounds, longest, longest, scale=scaling, window_size=reach)
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float | None, window: int | None
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    pieces = []
+    for start, end in pairwise(bounds):
+        queries, keys, values = (states[:, :, start:end] for states in (query, key, value))
+        mask = None if window is None else _window_mask(end - start, window, query.device)
+        pieces.append(
+            F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < window)

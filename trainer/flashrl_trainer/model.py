@@ -1,0 +1,130 @@
+"""The policy: a Hugging Face causal language model under FSDP2, from packed tokens to log-probs.
+
+fp32 master weights, sharded by rows; compute in bf16 or fp32. Knows nothing of objectives, data or the service.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flashrl_trainer import attention
+from flashrl_trainer.batch import PackedBatch
+from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.logprobs import token_logprobs
+
+_UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's rows of a parameter: `local` [rows, ...] fp32 begins at row `first_row` of `shape`."""
+
+    name: str
+    local: Tensor
+    first_row: int
+    shape: tuple[int, ...]
+
+
+class Policy(nn.Module):
+    """Log-probs of packed sequences; parameters keep their Hugging Face names under `lm.`."""
+
+    def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self._temperature = temperature
+        self._chunk_tokens = chunk_tokens
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """`(logprobs, entropy)`, both [T] fp32 and 0 outside the loss mask.
+
+        The log-prob of token t is that of drawing it from what stands before it in its sample.
+        """
+        lm: Any = self.lm
+        hidden = lm.model(
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_sample_tokens,
+        ).last_hidden_state[0]
+        where = batch.loss_mask.nonzero().flatten()
+        found, entropies = token_logprobs(
+            hidden[where - 1], lm.lm_head.weight, batch.token_ids[where], self._temperature, self._chunk_tokens
+        )
+        zeros = torch.zeros(batch.token_ids.shape, dtype=torch.float32, device=hidden.device)
+        return zeros.index_put((where,), found), zeros.index_put((where,), entropies)
+
+    def shards(self, ranks: Ranks) -> Iterator[Shard]:
+        """Every parameter once (tied ones under the first name), in name order, as this rank holds it."""
+        for name, parameter in sorted(self.lm.named_parameters()):
+            tensor = parameter.detach()
+            rows = -(-tensor.shape[0] // ranks.world_size)  # FSDP2 cuts dimension 0 as torch.chunk does
+            first = min(ranks.rank * rows, tensor.shape[0])
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            assert local.shape[0] == min(first + rows, tensor.shape[0]) - first, name
+            yield Shard(name, local, first, tuple(tensor.shape))
+
+
+def load_policy(
+    path: str, ranks: Ranks, *, compute_dtype: str, checkpointing: bool, temperature: float, chunk_tokens: int
+) -> Policy:
+    """Load a Hugging Face id or folder in fp32 and shard it; ValueError where it is missing or not supported."""
+    attention.register()
+    config = _load_config(path)
+    lm = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation=attention.NAME
+    )
+    if lm.lm_head.bias is not None:
+        raise ValueError(f"model.path: {path} has a bias in its head, which is not supported")
+    policy = Policy(lm, temperature, chunk_tokens).train()
+    if checkpointing:
+        _recompute_blocks(lm.model.layers)
+    _shard(policy, ranks, torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32)
+    return policy
+
+
+def _load_config(path: str) -> Any:
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ValueError(f"model.path: no folder {path}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: {path} is neither a model folder nor a reachable hub id: {_line(error)}"
+        ) from None
+    for name in _UNSUPPORTED:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"model.path: {path} sets {name}, which is not supported in training")
+    return config
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _shard(policy: Policy, ranks: Ranks, compute_dtype: torch.dtype) -> None:
+    policy.to(ranks.device)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    lm: Any = policy.lm
+    for block in lm.model.layers:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
+    fully_shard(policy, mesh=ranks.mesh, mp_policy=precision)
+
+
+def _recompute_blocks(layers: nn.ModuleList) -> None:
+    """Drop each block's activations and compute them again in the backward pass."""
+    for layer in layers:
+        forward = layer.forward
+
+        def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
+            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+
+        layer.forward = recomputed

@@ -1,0 +1,209 @@
+"""An encoded update on its way into a replica: begin, chunks with credit, commit; undone by an abort if anything fails.
+
+The only ZeroMQ user of the trainer. Knows nothing of how an update was computed.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import zmq
+import zmq.auth
+
+from flashrl_trainer.baseline import Baseline, EncodedUpdate
+from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
+from flashrl_wire import frames
+from flashrl_wire.errors import ERRORS, WireError
+from flashrl_wire.frames import ChunkFrame, Credit, Failed, Hello, Resend, Staged
+from flashrl_wire.messages import CommitReply, Manifest, TransferAccepted
+
+_HELLO_EVERY_S = 2.0  # also tells a waiting service that the trainer is alive
+
+
+@dataclass(frozen=True)
+class CurveKeys:
+    """The trainer's key pair and the service's public key (Z85)."""
+
+    public: bytes
+    secret: bytes
+    server: bytes
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A committed update as the metrics want it."""
+
+    reply: CommitReply
+    kind: str
+    wire_bytes: int
+    seconds: float
+
+
+class Publisher:
+    """Pushes updates into one replica. `run_id` names this trainer to the service."""
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        run_id: str,
+        *,
+        deadline_s: float,
+        keys: CurveKeys | None,
+        context: zmq.Context[zmq.Socket[bytes]],
+    ) -> None:
+        self._client, self._run_id, self._deadline_s = client, run_id, deadline_s
+        self._keys, self._context = keys, context
+
+    def publish(
+        self, update: EncodedUpdate, baseline: Baseline, version: int, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> Sent:
+        """Make `update` the service's `version`; WireError or ServiceUnreachableError: it is what it was."""
+        start = time.monotonic()
+        info = self._client.weights()
+        manifest = Manifest(
+            kind="delta" if update.kind == "delta" else "snapshot",
+            run_id=self._run_id,
+            base_version=info.version,
+            base_digest=baseline.digest() if update.kind == "delta" else info.digest,
+            version=version,
+            digest=baseline.digest(update.digests),
+            layout_hash=baseline.layout.hash,
+            changed_elements=update.changed_elements,
+            segments=update.segments,
+            chunks=update.chunks,
+        )
+        accepted = self._client.begin(manifest)
+        try:
+            self._stream(accepted, update.payloads, on_bytes)
+            reply = self._commit(accepted, manifest)
+        except BaseException:  # Ctrl-C too: the service must not wait for us
+            self._abort(accepted)
+            raise
+        return Sent(reply, manifest.kind, manifest.wire_bytes, time.monotonic() - start)
+
+    def _commit(self, accepted: TransferAccepted, manifest: Manifest) -> CommitReply:
+        try:
+            return self._client.commit(accepted.transfer_id, self._deadline_s)
+        except ServiceUnreachableError:
+            info = self._client.weights()  # a lost reply: the service's own state decides
+            if (info.version, info.digest) != (manifest.version, manifest.digest):
+                raise
+            pause_ms = info.last_update.pause_ms if info.last_update else 0.0
+            return CommitReply(
+                version=info.version,
+                digest=info.digest,
+                pause_ms=pause_ms,
+                changed_elements=manifest.changed_elements,
+                wire_bytes=manifest.wire_bytes,
+            )
+
+    def _abort(self, accepted: TransferAccepted) -> None:
+        try:
+            self._client.abort(accepted.transfer_id)
+        except (WireError, ServiceUnreachableError):
+            return  # the service drops the transfer itself at its deadline
+
+    def _stream(self, accepted: TransferAccepted, payloads: list[bytes], on_bytes: Callable[[int], None]) -> None:
+        host = urlsplit(self._client.url).hostname
+        socket = self._context.socket(zmq.DEALER)
+        try:
+            self._configure(socket)
+            socket.connect(f"tcp://{host}:{accepted.weights_port}")
+            _Stream(socket, accepted.transfer_id, payloads, self._deadline_s, on_bytes).run()
+        finally:
+            socket.close(linger=0)
+
+    def _configure(self, socket: zmq.Socket[bytes]) -> None:
+        socket.set(zmq.MAXMSGSIZE, frames.MAX_FRAME_BYTES)
+        socket.set(zmq.SNDHWM, 0)  # credit bounds what is in flight
+        socket.set(zmq.HEARTBEAT_IVL, 2000)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, 10000)
+        socket.set(zmq.IPV6, 1)
+        if self._keys is not None:
+            socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
+            socket.curve_serverkey = self._keys.server
+
+
+class _Stream:
+    """The sending side of one transfer: never more outstanding than the service has granted."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        transfer_id: str,
+        payloads: list[bytes],
+        deadline_s: float,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self._socket, self._id, self._payloads = socket, transfer_id, payloads
+        self._deadline_s, self._on_bytes = deadline_s, on_bytes
+        self._queue = deque(range(len(payloads)))
+        self._credit = 0
+        self._acknowledged: set[int] = set()
+
+    def run(self) -> None:
+        """Send until all is staged; WireError if the service refuses, ServiceUnreachableError if it is silent."""
+        last_heard = last_hello = time.monotonic()
+        self._socket.send(frames.pack(Hello(self._id)))
+        while True:
+            if self._socket.poll(200):
+                last_heard = time.monotonic()
+                if self._take(frames.unpack(self._socket.recv())):
+                    return
+            now = time.monotonic()
+            if now - last_heard > self._deadline_s:
+                raise ServiceUnreachableError(f"no word about transfer {self._id} for {self._deadline_s:g} s")
+            if now - max(last_heard, last_hello) > _HELLO_EVERY_S:
+                self._socket.send(frames.pack(Hello(self._id)))
+                last_hello = now
+
+    def _take(self, frame: frames.Frame) -> bool:
+        match frame:
+            case Credit(num_bytes=num_bytes, index=index):
+                self._credit += num_bytes
+                if index >= 0 and index not in self._acknowledged:
+                    self._acknowledged.add(index)
+                    self._on_bytes(len(self._payloads[index]))
+            case Resend(index=index):
+                self._credit += len(self._payloads[index])
+                self._queue.appendleft(index)
+            case Failed(code=code, message=message):
+                raise ERRORS.get(code, WireError)(message)
+            case Staged():
+                return True
+            case _:
+                raise WireError(f"unexpected {type(frame).__name__} from the service")
+        self._send_what_fits()
+        return False
+
+    def _send_what_fits(self) -> None:
+        while self._queue:
+            index = self._queue[0]
+            payload = self._payloads[index]
+            if index in self._acknowledged:
+                self._queue.popleft()
+                continue
+            if len(payload) > self._credit:
+                return
+            self._queue.popleft()
+            self._credit -= len(payload)
+            self._socket.send(frames.pack(ChunkFrame(self._id, index)), zmq.SNDMORE)
+            self._socket.send(payload, copy=False)
+
+
+def load_curve_keys(folder: Path) -> CurveKeys:
+    """The keys that `flashrl-rollout keys` wrote; ValueError for a missing file or one that others may read."""
+    secret_file, server_file = folder / "trainer.key_secret", folder / "server.key"
+    for file in (secret_file, server_file):
+        if not file.is_file():
+            raise ValueError(f"rollout.keys_dir: no file {file}")
+    if secret_file.stat().st_mode & 0o077:
+        raise ValueError(f"rollout.keys_dir: {secret_file} is readable by others; run chmod 600 on it")
+    public, secret = zmq.auth.load_certificate(secret_file)
+    server, _ = zmq.auth.load_certificate(server_file)
+    if secret is None:
+        raise ValueError(f"rollout.keys_dir: {secret_file} holds no secret key")
+    return CurveKeys(public, secret, server)
