@@ -104,7 +104,10 @@ class RolloutClient:
         self, requests: Sequence[GenerateRequest], on_done: Callable[[GenerateResponse], None] = lambda _: None
     ) -> list[GenerateResponse]:
         """Replies in the order of `requests`, sent concurrently; `on_done` is called as each arrives."""
-        return asyncio.run(self._generate(requests, on_done))
+        try:
+            return asyncio.run(self._generate(requests, on_done))
+        except ExceptionGroup as group:  # the requests fail for one reason; the first says it
+            raise group.exceptions[0] from None
 
     async def _generate(
         self, requests: Sequence[GenerateRequest], on_done: Callable[[GenerateResponse], None]

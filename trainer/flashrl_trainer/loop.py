@@ -1,0 +1,210 @@
+"""The training loop: sample, reward, weigh, update, publish; evaluate, record, checkpoint.
+
+Everything it uses is passed in. Knows the order of things and nothing of how any of them is done.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flashrl_trainer.checkpoint import CheckpointStore
+from flashrl_trainer.collect import Collector, EvalScores, Progress
+from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.interrupt import Interrupt
+from flashrl_trainer.model import Policy
+from flashrl_trainer.samples import Prompt
+from flashrl_trainer.sampling import DynamicSampling, SampledStep
+from flashrl_trainer.settings import TrainerConfig
+from flashrl_trainer.update import Updater
+from flashrl_trainer.weight_sync import WeightSync
+from flashrl_wire.errors import VersionNotReachedError
+
+Row = dict[str, float | None]
+
+
+class Prompts(Protocol):
+    """An endless, resumable stream of training prompts."""
+
+    def next(self, n: int) -> list[Prompt]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Recorder(Protocol):
+    """Where a run's numbers go."""
+
+    def phase(self, name: str) -> Progress: ...
+    def write(self, row: Row) -> None: ...
+    def samples(self, step: int, sampled: SampledStep) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loop is made of; `collector`, `prompts`, `recorder` are used on rank 0 only."""
+
+    config: TrainerConfig
+    ranks: Ranks
+    policy: Policy
+    updater: Updater
+    sync: WeightSync
+    collector: Collector
+    sampling: DynamicSampling
+    prompts: Prompts
+    eval_prompts: Sequence[Prompt]
+    store: CheckpointStore
+    recorder: Recorder
+    interrupt: Interrupt
+    last_step: Callable[[int], bool]  # whether a step is the last by the run's length
+
+
+class Loop:
+    """A run from `step` (the last one finished) to its end."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._p = parts
+        self.step = 0
+        self._boundary: dict[str, Any] = {}
+        self._finished = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and optimizer, at a boundary between steps."""
+        return {
+            "step": self.step,
+            "weight_version": self._p.sync.version,
+            "digest": self._p.sync.digest,
+            "drawn": self._p.collector.drawn,
+            "prompts": self._p.prompts.state_dict(),
+            "sampling": self._p.sampling.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a boundary."""
+        self.step = state["step"]
+        self._p.collector.drawn = state["drawn"]
+        self._p.prompts.load_state_dict(state["prompts"])
+        self._p.sampling.load_state_dict(state["sampling"])
+
+    def run(self) -> None:
+        """Train to the end; on Ctrl-C save a checkpoint of the last finished step and raise KeyboardInterrupt."""
+        self._boundary = self.state_dict()
+        try:
+            if self.step == 0 and self._p.config.eval.every:
+                scores = self._evaluate()
+                self._record(scores | {"reward/mean": scores["eval/accuracy"]})
+            while not self._finished:
+                self._one()
+        except KeyboardInterrupt:
+            self._save("interrupted")
+            raise
+
+    def _one(self) -> None:
+        row, interrupted = self._train(self.step + 1)
+        is_last = self._p.last_step(self.step)
+        every = self._p.config.eval.every
+        try:
+            if interrupted:
+                raise KeyboardInterrupt
+            if every and (is_last or self.step % every == 0):
+                row |= self._evaluate()
+        finally:  # the weights have moved, so the step is recorded whatever happens to its evaluation
+            self._record(row)
+        self._finished = is_last or self._good_enough(row)
+        if self._finished or (self._p.config.checkpoint.every and self.step % self._p.config.checkpoint.every == 0):
+            self._save("saved")
+
+    def _train(self, step: int) -> tuple[Row, bool]:
+        start = time.monotonic()
+        sampled = self._collect()
+        collected = time.monotonic()
+        totals = self._p.updater.step(sampled.groups, step)
+        metrics = totals.metrics(self._p.ranks)
+        updated = time.monotonic()
+        self.step = step
+        synced = self._publish()
+        row: Row = {
+            **sampled.metrics(),
+            **metrics,
+            **(synced or {}),
+            "lr": self._p.updater.learning_rate(step),
+            "perf/rollout_tokens_per_s": sampled.counts.response_tokens / (collected - start),
+            "perf/train_tokens_per_s": totals.tokens * self._p.ranks.world_size / (updated - collected),
+            "perf/step_seconds": time.monotonic() - start,
+        }
+        if self._p.ranks.is_main:
+            self._p.recorder.samples(step, sampled)
+        return row, synced is None
+
+    def _collect(self) -> SampledStep:
+        """One step's groups, the same on every rank."""
+        self._p.sampling.begin_step(self._p.sync.version)
+        while True:
+            sampled = self._p.ranks.on_main(self._try_collect)[0]
+            if sampled is not None:
+                if sampled.missing and self._p.ranks.is_main:
+                    self._p.recorder.note(
+                        f"step {self.step + 1}: {sampled.missing} of {self._p.config.sampling.prompts_per_step} groups "
+                        f"are missing after {sampled.counts.attempts} attempts; going on with the others"
+                    )
+                return sampled
+            self._p.sync.repair(self._p.policy)
+
+    def _try_collect(self) -> tuple[SampledStep | None]:
+        progress = self._p.recorder.phase("sampling")
+        try:
+            with self._p.interrupt.anywhere():
+                sampled = self._p.collector.fill(self._p.sampling, self._p.prompts.next, self._p.sync.version, progress)
+        except VersionNotReachedError:  # the service was restarted and has its first weights again
+            self._p.recorder.note("the service lost its weights; sending them again")
+            return (None,)
+        return (sampled,)
+
+    def _publish(self) -> dict[str, float] | None:
+        """`sync/*` metrics; None where Ctrl-C stopped it and the service has kept its weights."""
+        progress = self._p.recorder.phase("publishing") if self._p.ranks.is_main else None
+        sent = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal sent
+            sent += num_bytes
+            if progress is not None:
+                progress(sent, 0)
+
+        try:
+            return self._p.sync.push(self._p.policy, count)
+        except KeyboardInterrupt:
+            return None
+
+    def _evaluate(self) -> Row:
+        scores = self._p.ranks.on_main(self._scores)
+        return {"eval/accuracy": scores.accuracy, "eval/greedy": scores.greedy}
+
+    def _scores(self) -> EvalScores:
+        settings = self._p.config.eval
+        with self._p.interrupt.anywhere():
+            return self._p.collector.evaluate(
+                self._p.eval_prompts,
+                n=settings.samples_per_problem,
+                greedy=settings.greedy,
+                max_tokens=settings.max_tokens or self._p.config.sampling.max_tokens,
+                version=self._p.sync.version,
+                on_progress=self._p.recorder.phase("evaluating"),
+            )
+
+    def _record(self, row: Row) -> None:
+        if self._p.ranks.is_main:
+            self._p.recorder.write(row | {"step": self.step, "weight_version": self._p.sync.version})
+        self._boundary = self.state_dict()
+
+    def _good_enough(self, row: Row) -> bool:
+        run, accuracy = self._p.config.run, row.get("eval/accuracy")
+        wanted = run.stop_accuracy > 0 and self._p.sync.version >= run.stop_min_versions
+        return wanted and accuracy is not None and accuracy >= run.stop_accuracy
+
+    def _save(self, reason: str) -> None:
+        if self._p.store.has(self._boundary["step"]):
+            return
+        folder = self._p.store.save(self._boundary["step"], self._p.policy, self._p.updater.optimizer, self._boundary)
+        if self._p.ranks.is_main:
+            self._p.recorder.note(f"{reason}: checkpoint {folder}")
