@@ -37,15 +37,17 @@ class WeightSync:
 
     def __init__(
         self,
-        client: RolloutClient | None,
-        publisher: Publisher | None,
+        client: RolloutClient,
+        publisher: Publisher,
         ranks: Ranks,
         *,
         block_bytes: int,
         deadline_s: float,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._client, self._publisher, self._ranks = client, publisher, ranks
         self._block_bytes, self._deadline_s = block_bytes, deadline_s
+        self._interruptible = interruptible
         self._baseline: Baseline | None = None
         self.version = 0
         self.snapshots = 0
