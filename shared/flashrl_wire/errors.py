@@ -47,9 +47,15 @@ class UnknownTransferError(WireError):
 
 
 class UnknownRouteError(WireError):
-    """A path or method that the service does not have."""
+    """A path that the service does not have."""
 
     code, status = "not_found", 404
+
+
+class MethodNotAllowedError(WireError):
+    """A path that the service has, for other methods."""
+
+    code, status = "method_not_allowed", 405
 
 
 class StaleBaseError(WireError):
@@ -112,10 +118,22 @@ class QueueFullError(WireError):
     code, status = "queue_full", 429
 
 
+class EngineFailedError(WireError):
+    """The engine could not do what it was asked; its weights are what they were."""
+
+    code, status = "engine_failed", 500
+
+
 class NotReadyError(WireError):
     """Starting, stopping, paused for too long or poisoned."""
 
     code, status = "not_ready", 503
+
+
+class TimedOutError(WireError):
+    """A request took longer than the service allows; nothing of it is kept."""
+
+    code, status = "timed_out", 503
 
 
 ERRORS: dict[str, type[WireError]] = {error.code: error for error in WireError.__subclasses__()}

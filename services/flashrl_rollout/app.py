@@ -1,0 +1,149 @@
+"""The HTTP routes; the only FastAPI user.
+
+Knows requests and replies; knows nothing of how any of it is done (`service` and what it holds).
+"""
+
+from typing import Annotated
+
+from fastapi import Body, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from flashrl_rollout.engine import EngineError
+from flashrl_rollout.generation import ClientGoneError
+from flashrl_rollout.middleware import BodyLimit, RequestCount, TokenCheck, error_content, error_headers
+from flashrl_rollout.request_errors import http_error, invalid_request
+from flashrl_rollout.service import Service
+from flashrl_rollout.weights import wire_error
+from flashrl_wire.errors import WireError
+from flashrl_wire.layout import TensorSpec
+from flashrl_wire.messages import (
+    CommitReply,
+    GenerateRequest,
+    GenerateResponse,
+    LoadCheckpoint,
+    LoadWeights,
+    PauseMode,
+    PauseReply,
+    TransferAccepted,
+    WeightsInfo,
+)
+
+CLIENT_GONE_STATUS = 499  # nobody reads it; it is for the request count
+
+
+def create_app(service: Service, *, token: str | None, max_body_bytes: int) -> FastAPI:
+    """All routes over `service`; `token` None asks for none."""
+    app = FastAPI(title="FlashRL rollout service", strict_content_type=False)
+    _add_errors(app)
+    _add_sampling(app, service)
+    _add_weights(app, service)
+    _add_updates(app, service)
+    _add_state(app, service)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    if token is not None:
+        app.add_middleware(TokenCheck, token=token)  # outside of the body: a stranger gets nothing buffered
+    app.add_middleware(RequestCount, count=service.metrics.count_request)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    def reply(request: Request, error: WireError) -> Response:
+        return Response(error_content(error, request.url.path), error.status, error_headers(error))
+
+    @app.exception_handler(WireError)
+    async def expected(request: Request, error: WireError) -> Response:
+        return reply(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return reply(request, invalid_request(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        found = reply(request, http_error(error.status_code, request.method, request.url.path))
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(EngineError)
+    async def engine(request: Request, error: EngineError) -> Response:
+        return reply(request, wire_error(error))
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_GONE_STATUS)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        return reply(request, WireError("internal error; the service's log has more"))  # and the server logs it
+
+
+def _add_sampling(app: FastAPI, service: Service) -> None:
+    @app.post("/generate")
+    async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
+        async def disconnected() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        response = await service.require_sampling().generator.generate(body, disconnected)
+        service.metrics.count_tokens(response.usage)
+        return response
+
+    @app.post("/pause")
+    async def pause(mode: PauseMode = "keep") -> PauseReply:
+        await service.require().weights.pause(mode)
+        return PauseReply(paused=True)
+
+    @app.post("/resume")
+    async def resume() -> PauseReply:
+        await service.require().weights.resume()
+        return PauseReply(paused=False)
+
+
+def _add_weights(app: FastAPI, service: Service) -> None:
+    @app.get("/weights")
+    async def weights() -> WeightsInfo:
+        return service.weights_info()
+
+    @app.get("/weights/layout")
+    async def layout() -> tuple[TensorSpec, ...]:
+        return service.require().weights.layout.tensors
+
+
+def _add_updates(app: FastAPI, service: Service) -> None:
+    @app.post("/load_weights", response_model=CommitReply | TransferAccepted)
+    async def load_weights(body: Annotated[LoadWeights, Body()], response: Response) -> CommitReply | TransferAccepted:
+        store = service.require().store
+        if isinstance(body, LoadCheckpoint):
+            return await store.load_checkpoint(body)
+        response.status_code = 202
+        return store.begin(body)
+
+    @app.post("/load_weights/{transfer_id}/commit")
+    async def commit(transfer_id: str) -> CommitReply:
+        return await service.require().store.commit(transfer_id)
+
+    @app.delete("/load_weights/{transfer_id}")
+    async def abort(transfer_id: str) -> dict[str, str]:
+        service.require().store.abort(transfer_id)
+        return {"aborted": transfer_id}
+
+    @app.delete("/runs/{run_id}")
+    async def release(run_id: str) -> dict[str, str | None]:
+        lease = service.require().lease
+        lease.release(run_id)
+        return {"run_id": lease.run_id}
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, bool]:
+        return {"alive": True}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, bool | int]:
+        return {"ready": True, "version": service.require_sampling().weights.version}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await service.metrics_text(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,70 @@
+"""A stored form in plain CPU tensors: made at random, read from a checkpoint, digested.
+
+Knows layouts and quantization; knows nothing of engines. The scripted engine and tests hold their weights in it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flashrl_wire.codec import TORCH_DTYPE
+from flashrl_wire.digest import PartDigest, combine, digest_range
+from flashrl_wire.layout import PartSpec, TensorSpec, WeightLayout
+from flashrl_wire.quantize import quantize_rows
+
+Parts = dict[str, Tensor]
+"""Part name -> values of the part's dtype and shape."""
+
+
+def random_parts(layout: WeightLayout, seed: int) -> Parts:
+    """Weights drawn from N(0, 0.02^2) and stored as the layout says; equal seeds give equal bits."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: Parts = {}
+    for spec in layout.tensors:
+        parts |= store(spec, torch.randn(spec.shape, generator=generator).mul_(0.02).bfloat16())
+    return parts
+
+
+def store(spec: TensorSpec, values: Tensor) -> Parts:
+    """The parts that hold bf16 values of the spec's shape."""
+    if spec.storage == "bf16":
+        return {spec.name: values}
+    codes, scales = quantize_rows(values, spec.storage)
+    code_part, scale_part = spec.parts()
+    return {code_part.name: codes, scale_part.name: scales}
+
+
+def read_parts(folder: Path, layout: WeightLayout) -> Parts:
+    """The stored form of a Hugging Face folder; ValueError for a tensor that is missing or has another shape."""
+    values: Parts = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            values |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file.name}: {error}") from error
+    parts: Parts = {}
+    for spec in layout.tensors:
+        if spec.name not in values or tuple(values[spec.name].shape) != spec.shape:
+            raise ValueError(f"{folder.name}: has no tensor {spec.name} of shape {list(spec.shape)}")
+        parts |= store(spec, values[spec.name].bfloat16())
+    return parts
+
+
+def empty_parts(layout: WeightLayout) -> Parts:
+    """Zeros in every part."""
+    return {part.name: torch.zeros(part.shape, dtype=TORCH_DTYPE[part.dtype]) for part in layout.parts()}
+
+
+def digests(parts: Mapping[str, Tensor]) -> dict[str, PartDigest]:
+    """The digest of every part."""
+    return {name: digest_range(values) for name, values in parts.items()}
+
+
+def combined(layout: WeightLayout, found: Mapping[str, PartDigest]) -> str:
+    """The digest of the whole stored form."""
+    specs: dict[str, PartSpec] = {part.name: part for part in layout.parts()}
+    return combine({specs[name]: value for name, value in found.items()})

@@ -1,0 +1,193 @@
+"""The weights an engine samples with, and the only way to replace them: at rest, verified, or put back.
+
+Knows versions, digests and the pause; knows nothing of transfers, files or HTTP.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flashrl_rollout.engine import Engine, EngineDeadError, EngineError
+from flashrl_rollout.versions import VersionGate
+from flashrl_wire import digest
+from flashrl_wire.digest import PartDigest
+from flashrl_wire.errors import DigestMismatchError, DrainTimeoutError, EngineFailedError, NotReadyError, WireError
+from flashrl_wire.layout import PartSpec, WeightLayout
+from flashrl_wire.messages import PauseMode
+
+T = TypeVar("T")
+Write = Callable[[], Awaitable[dict[str, PartDigest]]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """How a commit stops sampling, and how long its steps may take."""
+
+    mode: PauseMode = "keep"
+    drain_deadline_s: float = 60.0
+    write_deadline_s: float = 300.0
+
+
+class Weights:
+    """The stored state of one engine. Every change and every audit holds one lock, so that they never meet."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: VersionGate,
+        layout: WeightLayout,
+        digests: Mapping[str, PartDigest],
+        settings: WriteSettings,
+    ) -> None:
+        self.layout = layout
+        self.parts: dict[str, PartSpec] = {part.name: part for part in layout.parts()}
+        self.poisoned = False
+        self._engine, self._gate, self._settings = engine, gate, settings
+        self._digests = dict(digests)
+        self._lock = asyncio.Lock()
+        self._is_paused = False
+
+    @classmethod
+    async def of(cls, engine: Engine, gate: VersionGate, settings: WriteSettings) -> "Weights":
+        """The weights that `engine` was started with: version 0."""
+        return cls(engine, gate, await engine.layout(), await engine.digests(), settings)
+
+    @property
+    def version(self) -> int:
+        """The version that new requests start under."""
+        return self._gate.version
+
+    @property
+    def num_elements(self) -> int:
+        """Stored elements, scales included."""
+        return sum(part.numel for part in self.parts.values())
+
+    @property
+    def digest(self) -> str:
+        """The combined digest of the current version."""
+        return self._combine(self._digests)
+
+    def _combine(self, digests: Mapping[str, PartDigest]) -> str:
+        return digest.combine({self.parts[name]: value for name, value in digests.items()})
+
+    async def replace(self, write: Write, version: int, expected_digest: str | None) -> float:
+        """Write while sampling stands still, and keep the result only with the expected digest; the pause in ms.
+
+        DrainTimeoutError, DigestMismatchError and EngineFailedError: the old weights are in place. NotReadyError:
+        they could not be put back, and the service is poisoned until a snapshot has been committed.
+        """
+        async with self._lock:
+            self._gate.close("commit")
+            was_poisoned = self.poisoned
+            try:
+                async with self._at_rest(self._settings.mode) as started:
+                    await self._replace(write, version, expected_digest)
+                return (time.monotonic() - started) * 1e3
+            except (EngineError, TimeoutError) as error:
+                raise poisoned_error() if self.poisoned else wire_error(error) from error
+            finally:
+                self._fence(was_poisoned)
+                self._gate.open("commit")
+
+    @asynccontextmanager
+    async def _at_rest(self, mode: PauseMode) -> AsyncIterator[float]:
+        """Sampling stands still inside, and afterwards too if it did before or the weights are poisoned."""
+        if not self._is_paused:
+            await self._pause_engine(mode)
+        try:
+            yield time.monotonic()
+        finally:
+            if not self.poisoned and not self._gate.is_closed_by("pause"):
+                await self._engine.resume()
+                self._is_paused = False
+
+    async def _pause_engine(self, mode: PauseMode) -> None:
+        deadline_s = self._settings.drain_deadline_s
+        try:
+            await self._engine.pause(mode, deadline_s)
+        except TimeoutError as error:
+            await self._engine.resume()
+            raise DrainTimeoutError(f"running sequences were not finished after {deadline_s:g} s") from error
+        self._is_paused = True
+
+    async def _replace(self, write: Write, version: int, expected_digest: str | None) -> None:
+        was_poisoned = self.poisoned
+        self.poisoned = True  # until this write is known to be whole or undone; a cancelled one is neither
+        try:
+            shifts = await self._limited(write())
+        except EngineError:
+            self.poisoned = was_poisoned
+            raise
+        try:
+            digests = await self._engine.digests() if was_poisoned else self._shifted(shifts)
+            found = self._combine(digests)
+            if expected_digest is not None and found != expected_digest:
+                raise DigestMismatchError(f"written weights have digest {found}, declared was {expected_digest}")
+            await self._limited(self._engine.keep(version))
+        except (EngineError, DigestMismatchError):
+            await self._limited(self._engine.revert())
+            self.poisoned = was_poisoned
+            raise
+        self._digests, self._gate.version, self.poisoned = digests, version, False
+
+    def _shifted(self, shifts: Mapping[str, PartDigest]) -> dict[str, PartDigest]:
+        return self._digests | {name: self._digests[name] + shift for name, shift in shifts.items()}
+
+    async def _limited(self, call: Awaitable[T]) -> T:
+        async with asyncio.timeout(self._settings.write_deadline_s):
+            return await call
+
+    def _fence(self, was_poisoned: bool) -> None:
+        if self.poisoned:
+            logger.error("the weights are poisoned: only a snapshot helps")
+            self._gate.fence(poisoned_error())
+        elif was_poisoned:
+            self._gate.unfence()
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop sampling until `resume`; DrainTimeoutError: it goes on."""
+        async with self._lock:
+            self._gate.close("pause")
+            try:
+                if not self._is_paused:
+                    await self._pause_engine(mode)
+            except (EngineError, DrainTimeoutError):
+                self._gate.open("pause")
+                raise
+
+    async def resume(self) -> None:
+        """Go on sampling, unless the weights are poisoned."""
+        async with self._lock:
+            if self._is_paused and not self.poisoned:
+                await self._engine.resume()
+                self._is_paused = False
+            self._gate.open("pause")
+
+    async def audit(self) -> bool:
+        """Whether the digest of everything the engine computes with is what it should be; if not, it is poisoned."""
+        async with self._lock:
+            found = await self._engine.digests()
+            differing = sorted(name for name in self.parts if found.get(name) != self._digests[name])
+            if differing and not self.poisoned:
+                logger.error("audit: %d parts differ from what was committed, first %s", len(differing), differing[0])
+                self.poisoned = True
+                self._fence(was_poisoned=False)
+            return not differing
+
+
+def poisoned_error() -> NotReadyError:
+    """What everybody is told while nobody knows what the engine computes with."""
+    return NotReadyError("poisoned: the weights are not those of any version; only a snapshot helps", poisoned=True)
+
+
+def wire_error(error: EngineError | TimeoutError) -> WireError:
+    """What a client is told about a failure of the engine."""
+    if isinstance(error, EngineDeadError):
+        return NotReadyError(f"the engine is gone: {error}")
+    return EngineFailedError(str(error) or "the engine did not answer in time")
