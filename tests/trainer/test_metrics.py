@@ -3,7 +3,6 @@
 Knows nothing of how the numbers come about.
 """
 
-import io
 import json
 import sys
 from dataclasses import dataclass, field
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from flashrl_trainer.config import TrainerConfig, load_config
-from flashrl_trainer.console import ConsoleDisplay, format_bytes, format_seconds
 from flashrl_trainer.metrics import METRIC_KEYS, MetricsWriter, complete_row, start_wandb
 from flashrl_trainer.samples import Completion, Group, Prompt, Sample
 
@@ -50,8 +47,21 @@ class Recording:
         self.closed = True
 
 
-def writer(run_dir: Path, resume_step: int | None = None, **options: Any) -> MetricsWriter:
-    return MetricsWriter(run_dir, Recording(), samples_logged=3, resume_step=resume_step, **options)
+def config(mode: str = "off") -> TrainerConfig:
+    settings = ["model.path=m", "data.train=t", "data.eval=e", f"run.wandb={mode}", "run.samples_logged=3"]
+    return load_config(None, settings, {})
+
+
+def writer(run_dir: Path, after: int = 0, display: Any = None, mirror: Any = None) -> MetricsWriter:
+    """Begun after step `after`."""
+    metrics = MetricsWriter(
+        run_dir,
+        config(),
+        open_display=lambda config, step: display or Recording(),
+        open_mirror=lambda config, run_dir, warn: mirror,
+    )
+    metrics.begin(after)
+    return metrics
 
 
 def on_disk(path: Path) -> list[dict[str, Any]]:
@@ -60,7 +70,7 @@ def on_disk(path: Path) -> list[dict[str, Any]]:
 
 def test_a_row_is_on_disk_as_soon_as_it_is_written_and_goes_everywhere(tmp_path: Path) -> None:
     display, mirror = Recording(), Recording()
-    with MetricsWriter(tmp_path / "run", display, samples_logged=3, mirror=mirror) as metrics:
+    with writer(tmp_path / "run", display=display, mirror=mirror) as metrics:
         metrics.write(full_row(1, eval__accuracy=None))
         assert on_disk(tmp_path / "run/metrics.jsonl") == [full_row(1, eval__accuracy=None)]
         assert display.rows == mirror.rows == [full_row(1, eval__accuracy=None)]
@@ -69,8 +79,8 @@ def test_a_row_is_on_disk_as_soon_as_it_is_written_and_goes_everywhere(tmp_path:
 
 
 def test_rows_have_every_key_of_the_interface_in_its_order() -> None:
-    shuffled: Row = {"extra/key": 1.0} | dict(reversed(list(full_row(3).items())))
-    assert tuple(complete_row(shuffled)) == (*METRIC_KEYS, "extra/key")
+    extra: Row = {"extra/key": 1.0}
+    assert tuple(complete_row(extra | full_row(3))) == (*METRIC_KEYS, "extra/key")
 
 
 def test_what_was_not_evaluated_is_null() -> None:
@@ -119,7 +129,7 @@ def test_a_resumed_run_drops_later_steps_and_a_line_cut_short(tmp_path: Path) ->
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (tmp_path / name).open("a") as file:
             file.write('{"step": 5, "weight_ver')
-    with writer(tmp_path, resume_step=2) as metrics:
+    with writer(tmp_path, after=2) as metrics:
         metrics.write(full_row(3, loss=7.0))
     assert on_disk(tmp_path / "metrics.jsonl") == [full_row(0), full_row(1), full_row(2), full_row(3, loss=7.0)]
     assert on_disk(tmp_path / "samples.jsonl") == []
@@ -127,13 +137,13 @@ def test_a_resumed_run_drops_later_steps_and_a_line_cut_short(tmp_path: Path) ->
 
 def test_a_cut_inside_a_character_is_tolerated_too(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_bytes(b'{"step": 1, "text": "ok"}\n{"step": 2, "text": "\xe2\x82')
-    writer(tmp_path, resume_step=9).close()
+    writer(tmp_path, after=9).close()
     assert on_disk(tmp_path / "samples.jsonl") == [{"step": 1, "text": "ok"}]
 
 
 def test_a_whole_last_row_without_its_line_break_is_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(full_row(1)))
-    with writer(tmp_path, resume_step=1) as metrics:
+    with writer(tmp_path, after=1) as metrics:
         metrics.write(full_row(2))
     assert on_disk(tmp_path / "metrics.jsonl") == [full_row(1), full_row(2)]
 
@@ -141,14 +151,26 @@ def test_a_whole_last_row_without_its_line_break_is_kept(tmp_path: Path) -> None
 def test_a_broken_row_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2: not JSON$"):
-        writer(tmp_path, resume_step=2)
+        writer(tmp_path, after=2)
 
 
-def test_a_new_run_does_not_write_into_the_rows_of_another(tmp_path: Path) -> None:
+def test_a_run_that_begins_anew_has_no_rows_of_before(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics:
-        metrics.write(full_row(1))
-    with pytest.raises(ValueError, match=r"^run\.name: .*metrics\.jsonl exists"):
-        writer(tmp_path)
+        metrics.write(full_row(0))
+    with writer(tmp_path, after=0) as metrics:
+        metrics.write(full_row(0, loss=7.0))
+    assert on_disk(tmp_path / "metrics.jsonl") == [full_row(0, loss=7.0)]
+
+
+def test_the_resolved_configuration_is_beside_the_rows(tmp_path: Path) -> None:
+    writer(tmp_path / "run").close()
+    assert load_config(tmp_path / "run/config.toml", [], {}) == config()
+
+
+def test_a_rank_that_does_not_record_leaves_nothing(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", config(), active=False) as metrics:
+        metrics.begin(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 @dataclass
@@ -184,71 +206,14 @@ def on_disk_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
-def shown(total_steps: int | None, rows: list[Row], seconds_a_row: float) -> list[str]:
-    file, now = io.StringIO(), [100.0]
-    display = ConsoleDisplay(total_steps, console=Console(file=file, width=200), clock=lambda: now[0])
-    for row in rows:
-        now[0] += seconds_a_row
-        display.row(row)
-    display.close()
-    return [line.rstrip() for line in file.getvalue().splitlines()]
+def test_wandb_off_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert start_wandb(config("off"), tmp_path, pytest.fail) is None
 
 
-def test_the_console_has_one_line_a_step_under_a_legend_and_a_header() -> None:
-    row = full_row(
-        2,
-        reward__mean=0.3125,
-        eval__accuracy=0.475,
-        mismatch__k3_kl=0.00123,
-        tis__capped_fraction=0.004,
-        response__mean_tokens=57.25,
-        sync__wire_bytes=481_000,
-        sync__full_bytes=6_500_000,
-        sync__pause_ms=3.25,
-        perf__step_seconds=8.3,
-    )
-    lines = shown(10, [full_row(0, eval__accuracy=0.25), full_row(1, eval__accuracy=None), row], seconds_a_row=4)
-    assert " ".join(lines[2].split()) == "step weights reward eval KL capped tokens update pause time left"
-    assert " ".join(lines[3].split()) == "0/10 v0 25.0% before training"
-    assert "%" not in lines[4][:33]
-    # 12 s for the first two steps, so 48 s for the eight to go
-    cells = "2/10 v2 0.312 47.5% 0.00123 0.40% 57.2 481.0 kB of 6.5 MB 3.2 ms 8.3 s 48.0 s"
-    assert " ".join(lines[5].split()) == cells
-
-
-def test_without_a_number_of_steps_there_is_no_estimate() -> None:
-    assert shown(None, [full_row(1)], seconds_a_row=4)[-1].split()[-1] == "?"
-
-
-def test_the_bar_shows_phase_and_progress_on_a_terminal() -> None:
-    file = io.StringIO()
-    display = ConsoleDisplay(4, console=Console(file=file, force_terminal=True, width=200))
-    display.phase("sampling")(48, 64)
-    display.phase("publishing")(1_500_000, 0)
-    display.close()
-    assert "publishing 1.5 MB" in file.getvalue()
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e9, "2.5 GB")])
-def test_bytes_read_well(count: float, text: str) -> None:
-    assert format_bytes(count) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (185, "3:05"), (7209, "2:00:09")])
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
-def config(mode: str) -> TrainerConfig:
-    return load_config(None, ["model.path=m", "data.train=t", "data.eval=e", f"run.wandb={mode}"], {})
-
-
-def test_wandb_off_is_off(tmp_path: Path) -> None:
-    assert start_wandb(config("off"), tmp_path, {"WANDB_API_KEY": "k"}, pytest.fail) is None
-
-
-def test_without_a_key_wandb_writes_offline(tmp_path: Path) -> None:
-    mirror = start_wandb(config("auto"), tmp_path, {}, pytest.fail)
+def test_without_a_key_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    mirror = start_wandb(config("auto"), tmp_path, pytest.fail)
     assert mirror is not None
     mirror.log(full_row(1, eval__accuracy=None))
     mirror.close()
@@ -280,7 +245,7 @@ def test_any_failure_of_wandb_is_warned_of_once_and_the_run_goes_on(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", BrokenWandb(broken))
     warnings: list[str] = []
-    mirror = start_wandb(config("online"), tmp_path / "run", {}, warnings.append)
+    mirror = start_wandb(config("online"), tmp_path / "run", warnings.append)
     assert (mirror is not None) == starts
     with writer(tmp_path / "run", mirror=mirror) as metrics:
         metrics.write(full_row(1))
@@ -292,5 +257,5 @@ def test_any_failure_of_wandb_is_warned_of_once_and_the_run_goes_on(
 def test_a_missing_wandb_is_warned_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     warnings: list[str] = []
-    assert start_wandb(config("offline"), tmp_path, {}, warnings.append) is None
+    assert start_wandb(config("offline"), tmp_path, warnings.append) is None
     assert len(warnings) == 1

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from flashrl_trainer.metric_rows import Row
+from flashrl_trainer.settings import TrainerConfig
 
 LEGEND = (
     "reward: mean over all samples of the step; eval: held-out problems solved; KL: sampler against trainer;\n"
@@ -20,6 +21,11 @@ HEADER = (
     f"{'update':>17} {'pause':>8} {'time':>7} {'left':>8}"
 )
 STEPS_BETWEEN_HEADERS = 20
+
+
+def open_console(config: TrainerConfig, first_step: int) -> "ConsoleDisplay":
+    """The display of a run that goes on after `first_step`."""
+    return ConsoleDisplay(config.run.steps or None, first_step)
 
 
 class ConsoleDisplay:

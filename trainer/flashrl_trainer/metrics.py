@@ -3,12 +3,15 @@
 It does not know how any number is computed, only which ones there must be.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol
 from uuid import uuid4
 
+from flashrl_trainer.config import dump_toml
+from flashrl_trainer.console import open_console
 from flashrl_trainer.jsonl import keep_until, to_line
 from flashrl_trainer.metric_rows import METRIC_KEYS, Row, complete_row, sample_rows
 from flashrl_trainer.samples import Group
@@ -45,28 +48,29 @@ class Mirror(Protocol):
     def close(self) -> None: ...
 
 
+OpenDisplay = Callable[[TrainerConfig, int], Display]
+OpenMirror = Callable[[TrainerConfig, Path, Callable[[str], None]], Mirror | None]
+
+
 class MetricsWriter:
-    """Writes a run's rows as they come; rows on disk never lag behind by more than the one being written."""
+    """Writes a run's rows as they come, from `begin` on: each is on disk before `write` returns."""
 
     def __init__(
         self,
         run_dir: Path,
-        display: Display,
+        config: TrainerConfig,
         *,
-        samples_logged: int,
-        mirror: Mirror | None = None,
-        resume_step: int | None = None,
+        active: bool = True,
+        open_display: OpenDisplay | None = None,
+        open_mirror: OpenMirror | None = None,
     ) -> None:
-        """Rows after `resume_step` are dropped. Without it the folder must have none: ValueError."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
-        if resume_step is None and metrics.exists() and metrics.stat().st_size:
-            raise ValueError(f"run.name: {metrics} exists; resume that run or choose another name")
-        for path in (metrics, samples):
-            keep_until(path, resume_step or 0)
-        self._metrics: IO[str] = metrics.open("a", encoding="utf-8")
-        self._samples: IO[str] = samples.open("a", encoding="utf-8")
-        self._display, self._mirror, self._samples_logged = display, mirror, samples_logged
+        """Opens nothing yet. `active` off: a rank that does not record, and calls `begin` and `close` at most."""
+        self._run_dir, self._config, self._active = run_dir, config, active
+        self._open_display: OpenDisplay = open_display or open_console
+        self._open_mirror: OpenMirror = open_mirror or start_wandb
+        self._files: dict[str, IO[str]] = {}
+        self._display: Display | None = None
+        self._mirror: Mirror | None = None
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -76,31 +80,50 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
+    def begin(self, step: int) -> None:
+        """Writes config.toml and goes on after `step`, dropping later rows; 0 starts anew, without any."""
+        if not self._active:
+            return
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        (self._run_dir / "config.toml").write_text(dump_toml(self._config), encoding="utf-8")
+        for name in ("metrics", "samples"):
+            path = self._run_dir / f"{name}.jsonl"
+            if step > 0:
+                keep_until(path, step)
+            self._files[name] = path.open("a" if step > 0 else "w", encoding="utf-8")
+        self._display = self._open_display(self._config, step)
+        self._mirror = self._open_mirror(self._config, self._run_dir, self._display.note)
+
     def phase(self, name: str) -> Progress:
         """Shows that `name` has begun; the function returned takes (done, total), or (bytes, 0)."""
+        assert self._display is not None
         return self._display.phase(name)
 
     def note(self, text: str) -> None:
+        """A line for the person who watches."""
+        assert self._display is not None
         self._display.note(text)
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """One step; ValueError, and nothing written, if `complete_row` refuses it."""
+        assert self._display is not None
         complete = complete_row(row)
-        _append(self._metrics, [complete])
+        _append(self._files["metrics"], [complete])
         self._display.row(complete)
         if self._mirror is not None:
             self._mirror.log(complete)
 
     def samples(self, step: int, sampled: SampledGroups) -> None:
         """A few completions, from as many groups as there are."""
-        _append(self._samples, sample_rows(step, sampled.groups, self._samples_logged))
+        _append(self._files["samples"], sample_rows(step, sampled.groups, self._config.run.samples_logged))
 
     def close(self) -> None:
-        self._metrics.close()
-        self._samples.close()
+        for file in self._files.values():
+            file.close()
         if self._mirror is not None:
             self._mirror.close()
-        self._display.close()
+        if self._display is not None:
+            self._display.close()
 
 
 def _append(file: IO[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -108,14 +131,12 @@ def _append(file: IO[str], rows: Sequence[Mapping[str, Any]]) -> None:
     file.flush()
 
 
-def start_wandb(
-    config: TrainerConfig, run_dir: Path, environ: Mapping[str, str], warn: Callable[[str], None]
-) -> "WandbMirror | None":
+def start_wandb(config: TrainerConfig, run_dir: Path, warn: Callable[[str], None]) -> "WandbMirror | None":
     """A mirror in Weights & Biases as `run.wandb` says; None where it is off or does not start, which is warned of."""
     setting = config.run.wandb
     if setting == "off":
         return None
-    online = setting == "online" or (setting == "auto" and bool(environ.get("WANDB_API_KEY")))
+    online = setting == "online" or (setting == "auto" and bool(os.environ.get("WANDB_API_KEY")))
     mirror = WandbMirror(warn)
     mirror.start(config, run_dir, "online" if online else "offline")
     return mirror if mirror.alive else None
