@@ -53,7 +53,7 @@ class SampledStep:
     counts: SamplingCounts
 
     def metrics(self) -> dict[str, float]:
-        """Rewards are raw ones over all samples seen (population deviation); staleness is in weight versions."""
+        """Over all samples seen (0 where none were): raw rewards, with their population deviation; staleness in versions."""
         num_samples = max(len(self.counts.rewards), 1)
         mean = math.fsum(self.counts.rewards) / num_samples
         variance = math.fsum((reward - mean) ** 2 for reward in self.counts.rewards) / num_samples

@@ -9,15 +9,17 @@ EPSILON = 1e-6
 def group_advantages(rewards: Tensor, group_ids: Tensor, counts_in_group: Tensor | None = None) -> Tensor:
     """`(R - mean_g R) / (std_g R + 1e-6)` with the unbiased standard deviation (GRPO, arXiv 2402.03300; algorithm.md).
 
-    rewards [S] float, group_ids [S] int64 in any order and with groups of any size -> [S] of the rewards' dtype.
+    rewards [S] float, group_ids [S] int64 in any order and with groups of any size -> [S] of the rewards' dtype
+    (float32 for whole-number rewards).
     Where `counts_in_group` [S] bool is False (an overlong-filtered sample that shall not shift the mean of the others)
     the sample leaves mean and deviation, and its own advantage is 0. A group of one, or of equal rewards, has
     advantage exactly 0.
     """
     counted = torch.ones_like(group_ids, dtype=torch.bool) if counts_in_group is None else counts_in_group
-    advantages = torch.zeros_like(rewards)
+    # whole-number rewards would otherwise truncate their advantages to whole numbers
+    advantages = torch.zeros_like(rewards, dtype=torch.result_type(rewards, 1.0))
     # float64, because the mean of equal fp32 rewards such as 0.1 can miss them by a bit
-    advantages[counted] = _standardised(rewards[counted].double(), group_ids[counted]).to(rewards.dtype)
+    advantages[counted] = _standardised(rewards[counted].double(), group_ids[counted]).to(advantages.dtype)
     return advantages
 
 
