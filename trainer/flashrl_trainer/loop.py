@@ -56,7 +56,7 @@ class Parts:
     store: CheckpointStore
     recorder: Recorder
     interrupt: Interrupt
-    last_step: Callable[[int], bool]  # whether a step is the last by the run's length
+    is_last: Callable[[int], bool]  # whether a step is the last by the run's length
 
 
 class Loop:
@@ -101,7 +101,7 @@ class Loop:
 
     def _one(self) -> None:
         row, interrupted = self._train(self.step + 1)
-        is_last = self._p.last_step(self.step)
+        is_last = self._p.is_last(self.step)
         every = self._p.config.eval.every
         try:
             if interrupted:

@@ -119,6 +119,9 @@ class SamplingSettings(Section):
     max_tokens: int = Field(1024, ge=1, description="Limit of a response")
     max_attempts: int = Field(30, ge=1, description="Rounds of sampling before a step goes on with what it has")
     keep_surplus: bool = Field(True, description="Carry groups beyond `prompts_per_step` into the next step")
+    surplus_max_age: int = Field(
+        1, ge=0, description="Weight versions a carried group may lag behind; the importance weights correct for it"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingSettings":

@@ -75,11 +75,8 @@ def _over_ranks(local: MismatchSums, ranks: Ranks) -> MismatchSums:
 class Updater:
     """Optimizer and objective of a policy."""
 
-    def __init__(
-        self, policy: Policy, ranks: Ranks, algorithm: AlgorithmSettings, optim: OptimSettings, budget: int
-    ) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks, algorithm: AlgorithmSettings, optim: OptimSettings) -> None:
         self._policy, self._ranks, self._algorithm, self._optim = policy, ranks, algorithm, optim
-        self._max_tokens = budget
         self.optimizer = AdamW(
             policy.parameters(),
             lr=optim.lr,
@@ -120,7 +117,7 @@ class Updater:
         if self._algorithm.overlong == "filter":
             in_loss, counts = overlong_filter(truncated_mask(groups), self._algorithm.filtered_in_group_mean)
         samples = training_samples(groups, group_advantages(rewards, group_ids, counts), in_loss)
-        shares = split_for_ranks(samples, self._ranks.world_size, self._max_tokens)
+        shares = split_for_ranks(samples, self._ranks.world_size, self._optim.max_tokens_per_micro_batch)
         return MiniBatch(shares[self._ranks.rank], num_loss_tokens(samples))
 
     @torch.no_grad()

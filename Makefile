@@ -1,0 +1,46 @@
+# Every command a person types. `make help` lists them; CI calls `make test`.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SEED ?= 0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test check fix fast engine bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv with the trainer, the CPU service and the tools
+
+$(READY): pyproject.toml scripts/setup.sh scripts/cpu-overrides.txt
+	@rm -f $@
+	@bash scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: setup ## the whole loop on this machine's CPU: service, trainer, report (SEED=0)
+	@$(BIN)/python scripts/demo.py --seed $(SEED)
+
+test: check fast engine ## check + every test that needs no GPU
+
+check: setup ## ruff, mypy --strict, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: setup ## format and repair what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+fast: setup ## tests without vLLM: seconds to a few minutes
+	$(PYTEST) -m "not engine and not gpu" tests
+
+engine: setup ## tests on a real vLLM engine
+	$(PYTEST) -m "engine and not gpu" tests
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,185 @@
+"""Builds a run's parts from its configuration, cheapest checks first. Knows every part and runs none of them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+from transformers import AutoTokenizer
+
+from flashrl_trainer.checkpoint import CheckpointStore
+from flashrl_trainer.collect import Collector, Overlong
+from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.interrupt import Interrupt
+from flashrl_trainer.loop import Loop, Parts, Recorder
+from flashrl_trainer.model import Policy, load_policy
+from flashrl_trainer.prompts import PromptStream, RowChecks, load_eval
+from flashrl_trainer.publisher import Publisher, load_curve_keys
+from flashrl_trainer.rewards import Reward, resolve_reward
+from flashrl_trainer.rollout_client import RolloutClient
+from flashrl_trainer.samples import Prompt
+from flashrl_trainer.sampling import DynamicSampling
+from flashrl_trainer.settings import TrainerConfig
+from flashrl_trainer.update import Updater
+from flashrl_trainer.weight_sync import Identity, WeightSync
+from flashrl_wire import messages
+from flashrl_wire.handshake import tokenizer_hash
+
+TOKEN_VARIABLE = "FLASHRL_TOKEN"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before anything large is loaded."""
+
+    tokenizer: Any
+    reward: Reward
+    prompts: PromptStream
+    eval_prompts: list[Prompt]
+
+
+def read_token(config: TrainerConfig) -> str | None:
+    """The API token from `rollout.token_file` or FLASHRL_TOKEN; ValueError for a missing or empty file."""
+    path = config.rollout.token_file
+    if not path:
+        return os.environ.get(TOKEN_VARIABLE) or None
+    try:
+        token = Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"rollout.token_file: {path}: {error.strerror or error}") from None
+    if not token:
+        raise ValueError(f"rollout.token_file: {path} is empty")
+    return token
+
+
+def make_client(config: TrainerConfig) -> RolloutClient:
+    """The client of the one replica."""
+    if len(config.rollout.urls) != 1:
+        raise ValueError(f"rollout.urls: this version follows one replica, got {len(config.rollout.urls)}")
+    return RolloutClient(
+        config.rollout.urls[0],
+        read_token(config),
+        request_timeout_s=config.rollout.request_timeout_s,
+        retry_s=config.rollout.connect_deadline_s,
+    )
+
+
+def read_inputs(config: TrainerConfig, on_bad_row: Callable[[str], None]) -> Inputs:
+    """Tokenizer, reward and data; ValueError names the setting that is wrong."""
+    reward = resolve_reward(config.data.reward)
+    tokenizer = load_tokenizer(config.model.path)
+
+    def count_tokens(prompt: str | list[dict[str, str]]) -> int:
+        if isinstance(prompt, str):
+            return len(tokenizer(prompt)["input_ids"])
+        return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
+
+    checks = RowChecks(count_tokens, lambda answer: reward("", answer), on_bad_row)
+    prompts = PromptStream(config.data, checks)
+    evaluated = load_eval(config.data, config.eval.problems, checks) if config.eval.every else []
+    return Inputs(tokenizer, reward, prompts, evaluated)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model; ValueError names `model.path`."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model.path: {path}: no tokenizer: {first}") from None
+
+
+def make_policy(config: TrainerConfig, ranks: Ranks) -> Policy:
+    """The sharded model."""
+    torch.manual_seed(config.run.seed)
+    return load_policy(
+        config.model.path,
+        ranks,
+        compute_dtype=config.model.compute_dtype,
+        checkpointing=config.model.activation_checkpointing,
+        temperature=config.sampling.temperature,
+        chunk_tokens=config.model.logprob_chunk_tokens,
+    )
+
+
+def identity(config: TrainerConfig, tokenizer: Any, policy: Policy) -> Identity:
+    """What the handshake compares beside the weights."""
+    lm: Any = policy.lm
+    return Identity(config.rollout.quantization, tokenizer_hash(tokenizer.get_vocab()), lm.config.vocab_size)
+
+
+def make_sync(
+    config: TrainerConfig, client: RolloutClient, ranks: Ranks, run_id: str, interrupt: Interrupt
+) -> WeightSync:
+    """The way to the service's weights."""
+    keys = load_curve_keys(Path(config.rollout.keys_dir)) if config.rollout.keys_dir else None
+    publisher = Publisher(
+        client, run_id, deadline_s=config.sync.transfer_deadline_s, keys=keys, context=zmq.Context.instance()
+    )
+    return WeightSync(
+        client,
+        publisher,
+        ranks,
+        block_bytes=config.sync.chunk_mib << 20,
+        deadline_s=config.rollout.connect_deadline_s,
+        interruptible=interrupt.anywhere,
+    )
+
+
+def make_collector(config: TrainerConfig, client: RolloutClient, reward: Reward) -> Collector:
+    """Sampling with the settings of training."""
+    settings = messages.Sampling(
+        temperature=config.sampling.temperature, max_tokens=config.sampling.max_tokens, seed=config.run.seed
+    )
+    overlong = None
+    if config.algorithm.overlong == "soft":
+        overlong = Overlong(config.algorithm.overlong_buffer, config.algorithm.overlong_factor)
+    return Collector(client, reward, settings, config.sampling.samples_per_prompt, overlong)
+
+
+def make_loop(
+    config: TrainerConfig,
+    ranks: Ranks,
+    inputs: Inputs,
+    policy: Policy,
+    sync: WeightSync,
+    client: RolloutClient,
+    recorder: Recorder,
+    interrupt: Interrupt,
+    folder: Path,
+) -> tuple[Loop, Updater, CheckpointStore]:
+    """The loop, and the two parts that resuming needs too."""
+    updater = Updater(policy, ranks, config.algorithm, config.optim)
+    store = CheckpointStore(folder / "checkpoints", ranks, config.checkpoint.keep)
+    sampling = DynamicSampling(
+        config.sampling.prompts_per_step,
+        config.sampling.max_attempts,
+        max(config.algorithm.max_staleness, config.sampling.surplus_max_age),
+        keep_surplus=config.sampling.keep_surplus,
+    )
+    prompts = inputs.prompts
+
+    def is_last(step: int) -> bool:
+        if config.run.steps:
+            return step >= config.run.steps
+        return bool(ranks.on_main(lambda: prompts.epoch >= config.run.epochs))
+
+    parts = Parts(
+        config=config,
+        ranks=ranks,
+        policy=policy,
+        updater=updater,
+        sync=sync,
+        collector=make_collector(config, client, inputs.reward),
+        sampling=sampling,
+        prompts=prompts,
+        eval_prompts=inputs.eval_prompts,
+        store=store,
+        recorder=recorder,
+        interrupt=interrupt,
+        is_last=is_last,
+    )
+    return Loop(parts), updater, store

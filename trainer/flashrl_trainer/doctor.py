@@ -1,0 +1,118 @@
+"""What a run needs and what is missing, one line each. Knows where to look; changes nothing."""
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from rich.console import Console
+
+from flashrl_trainer import assemble
+from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
+from flashrl_trainer.settings import TrainerConfig
+from flashrl_wire.errors import WireError
+
+PACKAGES = ("torch", "transformers", "datasets", "pyzmq", "httpx", "wandb")
+MIN_FREE_GIB = 4.0
+
+Check = Callable[[TrainerConfig], str]
+
+
+class MissingError(Exception):
+    """Something a run needs is not there; the message says what to do."""
+
+
+def report(config: TrainerConfig) -> int:
+    """Print every check's outcome; the exit code: 0 where nothing is missing, else 1."""
+    console = Console(highlight=False, soft_wrap=True)
+    failed = 0
+    for name, check in CHECKS.items():
+        try:
+            console.print(f"[green]ok     [/] {name}: {check(config)}")
+        except (MissingError, ValueError, OSError, WireError, ServiceUnreachableError) as error:
+            failed += 1
+            console.print(f"[red]missing[/] {name}: ", end="")
+            console.print(str(error), markup=False)
+    return 1 if failed else 0
+
+
+def _versions(config: TrainerConfig) -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            raise MissingError(f"package {package} is not installed: pip install 'flashrl[trainer]'") from None
+    return ", ".join(found)
+
+
+def _device(config: TrainerConfig) -> str:
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("model.device is cuda and there is no CUDA device")
+    if config.model.device == "cpu" or not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _memory(config: TrainerConfig) -> str:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
+    if free < MIN_FREE_GIB:
+        raise MissingError(f"{free:.1f} GiB of memory are free, {MIN_FREE_GIB:g} are needed")
+    return f"{free:.1f} GiB free"
+
+
+def _shared_memory(config: TrainerConfig) -> str:
+    free = shutil.disk_usage("/dev/shm").free / 2**30
+    if free < 0.25:
+        raise MissingError(f"/dev/shm has {free:.2f} GiB free; start the container with shm_size: 2gb or more")
+    return f"/dev/shm has {free:.1f} GiB free"
+
+
+def _run_folder(config: TrainerConfig) -> str:
+    folder = Path(config.run.dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing):
+        free = shutil.disk_usage(existing).free / 2**30
+    return f"{folder} can be written, {free:.0f} GiB free"
+
+
+def _data(config: TrainerConfig) -> str:
+    inputs = assemble.read_inputs(config, lambda line: None)
+    first = inputs.prompts.next(1)[0]
+    return f"{config.data.train} readable (first prompt {first.id}), {len(inputs.eval_prompts)} problems to evaluate on"
+
+
+def _service(config: TrainerConfig) -> str:
+    client = assemble.make_client(config)
+    client.wait_ready(5.0, lambda state: None)
+    info = client.weights()
+    if info.quantization != config.rollout.quantization:
+        raise MissingError(
+            f"the service runs {info.quantization}, rollout.quantization is {config.rollout.quantization}"
+        )
+    return f"{client.url} serves {info.model} as {info.quantization}, version {info.version}"
+
+
+def _weights_port(config: TrainerConfig) -> str:
+    client = RolloutClient(config.rollout.urls[0], assemble.read_token(config), request_timeout_s=5.0, retry_s=0.0)
+    host, port = urlsplit(client.url).hostname, client.weights().weights_port
+    with socket.create_connection((host, port), timeout=5.0):
+        return f"{host}:{port} accepts connections"
+
+
+CHECKS: dict[str, Check] = {
+    "versions": _versions,
+    "device": _device,
+    "memory": _memory,
+    "shared memory": _shared_memory,
+    "run folder": _run_folder,
+    "model and data": _data,
+    "service": _service,
+    "weights port": _weights_port,
+}

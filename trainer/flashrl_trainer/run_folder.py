@@ -1,0 +1,40 @@
+"""A run's folder: its name, and which one `--resume` means. Knows nothing of what is written inside."""
+
+from datetime import datetime
+from pathlib import Path
+
+from flashrl_trainer.settings import RunSettings
+
+AUTO = "auto"
+
+
+def choose_folder(run: RunSettings, stem: str, resume: str, now: datetime) -> tuple[Path, bool]:
+    """`(folder, whether it is gone on with)`; `stem` names runs that have no name of their own.
+
+    `resume` is empty for a new run, `auto` for the newest run of the same name or stem if there is one, else a
+    folder. ValueError where a folder is missing, or a new run would write into an old one.
+    """
+    root = Path(run.dir)
+    if resume == AUTO:
+        newest = _newest(root, run.name or stem, exact=bool(run.name))
+        return (newest, True) if newest else (root / (run.name or _stamped(stem, now)), False)
+    if resume:
+        folder = Path(resume)
+        if not (folder / "checkpoints").is_dir():
+            raise ValueError(f"--resume: {folder} holds no checkpoints")
+        return folder, True
+    folder = root / (run.name or _stamped(stem, now))
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(f"run.name: {folder} holds a run already; go on with --resume {folder} or choose another name")
+    return folder, False
+
+
+def _stamped(stem: str, now: datetime) -> str:
+    return f"{stem}-{now:%Y%m%d-%H%M%S}"
+
+
+def _newest(root: Path, name: str, *, exact: bool) -> Path | None:
+    """The newest run that has a checkpoint to go on from."""
+    pattern = name if exact else f"{name}-[0-9]*"
+    found = [path for path in root.glob(pattern) if any((path / "checkpoints").glob("step-*/trainer.json"))]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
