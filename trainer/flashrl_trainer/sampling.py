@@ -53,7 +53,7 @@ class SampledStep:
     counts: SamplingCounts
 
     def metrics(self) -> dict[str, float]:
-        """Over all samples seen (0 where none were): raw rewards, with their population deviation; staleness in versions."""
+        """Raw rewards over all samples seen (0 where none were), with population deviation; staleness in versions."""
         num_samples = max(len(self.counts.rewards), 1)
         mean = math.fsum(self.counts.rewards) / num_samples
         variance = math.fsum((reward - mean) ** 2 for reward in self.counts.rewards) / num_samples
