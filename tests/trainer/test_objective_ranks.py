@@ -1,6 +1,8 @@
 """Two FSDP ranks make the same step as one process without FSDP, to the rounding of float32."""
 
 import math
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -10,12 +12,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from flashrl_trainer.algorithm.importance import correction_weights
 from flashrl_trainer.algorithm.objective import dapo_loss_sum, loss_for_backward
 from flashrl_trainer.batch import PackedBatch, TrainingSample, num_loss_tokens, pack, split_for_ranks
 
+TIMEOUT_S = 200
 VOCABULARY, HIDDEN = 13, 7  # odd, so that the two ranks' shards are uneven
 MANY_SHORT = [(3, 9), (1, 2), (2, 7), (1, 1), (4, 4), (2, 12), (1, 5)]  # prompt and response tokens
 ONE_LONG_ONE_SHORT = [(2, 30), (2, 0), (1, 3)]  # and one without a response, that no rank gets
@@ -90,14 +92,14 @@ def in_one_process(shapes: list[tuple[int, int]]) -> tuple[list[float], dict[str
     return losses, {name: value.detach() for name, value in model.named_parameters()}
 
 
-def on_a_rank(rank: int, num_ranks: int, store: str, cases: list[list[tuple[int, int]]]) -> None:
-    """Runs in a process of its own; a failed assertion ends it and fails the test."""
+def on_a_rank(rank: int, num_ranks: int, store: str) -> None:
+    """Runs in a process of its own, this file as its program; a failed assertion ends it and fails the test."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=TIMEOUT_S)
     )
     mesh = init_device_mesh("cpu", (num_ranks,))
-    for shapes in cases:
+    for shapes in (MANY_SHORT, ONE_LONG_ONE_SHORT):
         torch.manual_seed(0)
         model = TinyModel()
         for module in (model.block, model):
@@ -113,8 +115,14 @@ def on_a_rank(rank: int, num_ranks: int, store: str, cases: list[list[tuple[int,
 
 
 def test_two_ranks_make_the_same_step_as_one_process(tmp_path: Path) -> None:
-    arguments = (2, str(tmp_path / "store"), [MANY_SHORT, ONE_LONG_ONE_SHORT])
-    spawn(on_a_rank, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    commands = [[sys.executable, __file__, str(rank), "2", str(tmp_path / "store")] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        errors = [rank.communicate(timeout=TIMEOUT_S)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
 
 
 def test_the_step_moves_every_weight_and_the_loss() -> None:
@@ -125,3 +133,7 @@ def test_the_step_moves_every_weight_and_the_loss() -> None:
     assert abs(losses[0] - losses[1]) > 1e-3
     for name, value in before.named_parameters():
         assert (value - after[name]).abs().max() > 1e-3, name
+
+
+if __name__ == "__main__":
+    on_a_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
