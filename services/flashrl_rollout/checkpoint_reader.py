@@ -1,0 +1,54 @@
+"""Names, shapes and tensors of a Hugging Face folder of safetensors files, single or sharded.
+
+Knows the folder's layout; knows nothing of engines or quantization.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a folder, by name; only headers are read until a tensor is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError where the folder holds no readable safetensors checkpoint."""
+        self._files = _files(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self._files.values())):
+            with safe_open(file, framework="pt") as opened:
+                self.shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+        missing = sorted(self._files.keys() - self.shapes.keys())
+        if missing:
+            raise ValueError(f"checkpoint: {missing[0]} is in the index of {folder} but in no file")
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors as bf16 on the CPU, one file opened after the other."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        for file, held in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in held:
+                    yield name, opened.get_tensor(name).to(torch.bfloat16)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    if (folder / _INDEX).is_file():
+        files = json.loads((folder / _INDEX).read_text())["weight_map"]
+    elif (folder / _SINGLE).is_file():
+        with safe_open(folder / _SINGLE, framework="pt") as opened:
+            files = dict.fromkeys(opened.keys(), _SINGLE)
+    else:
+        raise ValueError(f"checkpoint: {folder} has neither {_SINGLE} nor {_INDEX}")
+    for file in set(files.values()):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ValueError(f"checkpoint: the index of {folder} names {file!r}, which is no file in it")
+    return {name: folder / file for name, file in files.items()}

@@ -1,0 +1,67 @@
+"""What a vLLM engine is started with, and the environment its processes inherit.
+
+Knows values and names of variables; imports no vLLM.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from flashrl_rollout.parent_watch import WATCH_PARENT
+from flashrl_wire.messages import Quantization
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`EngineSettings("Qwen/Qwen2.5-0.5B-Instruct", quantization="int8", max_model_len=1536)`; 0 means vLLM's default.
+
+    `model` is a folder or a name on the model hub. `threads` (CPU) is the number of OpenMP threads of each worker,
+    unbound, so that a trainer can share the cores; 0 lets vLLM bind one to each core but one.
+    """
+
+    model: str
+    quantization: Quantization = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor_parallel_size: int = 1
+    max_model_len: int = 0
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.6
+    kv_cache_gib: float = 1.0
+    enforce_eager: bool = False
+    seed: int = 0
+    threads: int = 0
+    start_timeout_s: float = 1800.0
+
+    def environment(self) -> dict[str, str]:
+        """Variables for the engine's processes; logging and usage statistics can be set from outside."""
+        variables = {
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker inherits locks that the parent's threads hold
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            WATCH_PARENT: "1",
+        }
+        if find_spec("flashinfer") is None:
+            variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        if "VLLM_PLUGINS" in os.environ:
+            variables["VLLM_PLUGINS"] = os.environ["VLLM_PLUGINS"] + ",flashrl"
+        if self.threads:
+            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(self.threads)}
+        return variables
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The process's environment with `variables`, for what is spawned inside the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

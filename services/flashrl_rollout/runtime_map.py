@@ -1,0 +1,217 @@
+"""Which element of a stored part lies where in the engine's tensors, as strided boxes.
+
+Knows geometry and bits; knows nothing of vLLM, of how the geometry was found, or of names beyond keeping them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashrl_wire.delta import Change
+from flashrl_wire.digest import PartDigest, bits, digest_at, digest_range
+from flashrl_wire.layout import PartSpec
+
+_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements handled at a time: bounds the scratch for their indices
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`size` steps, `part` elements apart in the part and `memory` elements apart in the engine's tensor."""
+
+    size: int
+    part: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """One box of elements that a part and an engine's tensor share: rows of a fused matrix, a slice of columns.
+
+    The axes are nested, outermost first, so that counting through them visits the part in ascending order.
+    """
+
+    part_offset: int
+    memory_offset: int
+    axes: tuple[Axis, ...]
+
+    @classmethod
+    def of(cls, part_offset: int, memory_offset: int, axes: Iterator[Axis]) -> "Region":
+        """A region with axes sorted and joined; ValueError where elements of the part would overlap."""
+        ordered = sorted((axis for axis in axes if axis.size > 1), key=lambda axis: -axis.part)
+        joined: list[Axis] = []
+        for axis in ordered:
+            outer = joined[-1] if joined else None
+            if outer and outer.part < axis.size * axis.part:
+                raise ValueError("elements overlap")
+            if outer and (outer.part, outer.memory) == (axis.size * axis.part, axis.size * axis.memory):
+                joined[-1] = Axis(outer.size * axis.size, axis.part, axis.memory)
+            else:
+                joined.append(axis)
+        if any(axis.part == 0 or axis.memory == 0 for axis in joined):
+            raise ValueError("an element stands for several")
+        return cls(part_offset, memory_offset, tuple(joined))
+
+    @property
+    def key(self) -> str:
+        """The elements of the part that it covers, as text; ranks that hold the same ones have equal keys."""
+        return f"{self.part_offset}+" + ",".join(f"{axis.size}x{axis.part}" for axis in self.axes)
+
+    @property
+    def numel(self) -> int:
+        """Elements in the box."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its elements are consecutive on both sides."""
+        return self.axes in ((), (Axis(self.numel, 1, 1),))
+
+    def rank(self, index: int) -> int:
+        """How many elements of the box lie before flat index `index` of the part."""
+        rest, below, each = index - self.part_offset, 0, self.numel
+        if rest < 0:
+            return 0
+        for axis in self.axes:
+            each //= axis.size
+            step = rest // axis.part
+            if step >= axis.size:
+                return below + axis.size * each
+            below += step * each
+            rest -= step * axis.part
+        return below + (rest > 0)
+
+    def elements(self, first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Part indices and memory addresses, int64 each, of the elements that are counted `first` to `last`."""
+        counted = torch.arange(first, last, device=device)
+        indices = torch.full_like(counted, self.part_offset)
+        addresses = torch.full_like(counted, self.memory_offset)
+        each = self.numel
+        for axis in self.axes:
+            each //= axis.size
+            step = counted // each
+            counted = counted - step * each
+            indices += step * axis.part
+            addresses += step * axis.memory
+        return indices, addresses
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in `indices` [n] of those inside the box, and their memory addresses."""
+        rest = indices - self.part_offset
+        inside = rest >= 0
+        addresses = torch.full_like(rest, self.memory_offset)
+        for axis in self.axes:
+            step = rest // axis.part
+            inside &= step < axis.size
+            rest = rest - step * axis.part
+            addresses += step * axis.memory
+        positions = (inside & (rest == 0)).nonzero().flatten()
+        return positions, addresses[positions]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a change does inside one region: `patterns` [n] for `where` in `memory`; `at` are their part indices."""
+
+    copy: int  # which of the part's regions
+    key: str
+    memory: Tensor  # [storage] bit patterns
+    where: slice | Tensor
+    patterns: Tensor  # [n]
+    at: int | Tensor  # the first of a run, or [n] int64
+
+    def digest(self, patterns: Tensor) -> PartDigest:
+        """What `patterns` at this place contribute to the part's digest."""
+        return digest_range(patterns, self.at) if isinstance(self.at, int) else digest_at(self.at, patterns)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A region and the bit patterns [storage] of the engine's tensor that it lies in."""
+
+    region: Region
+    memory: Tensor
+
+
+def patterns_of(tensor: Tensor) -> Tensor:
+    """The whole storage of an engine's tensor as bit patterns, flat, sharing its memory."""
+    dtype = bits(torch.empty(0, dtype=tensor.dtype)).dtype
+    return torch.empty(0, dtype=dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+@dataclass(frozen=True)
+class RuntimePart:
+    """A stored part and all places of this process that hold elements of it."""
+
+    spec: PartSpec
+    held: tuple[Held, ...]
+
+    def pieces(self, change: Change) -> Iterator[Piece]:
+        """The pieces of a change, each small enough to be handled whole."""
+        for copy, held in enumerate(self.held):
+            if change.indices is not None:
+                yield from _sparse(copy, held, change.indices, bits(change.values))
+            elif held.region.is_run:
+                yield from _run(copy, held, change.start, bits(change.values))
+            else:
+                yield from _box(copy, held, change.start, bits(change.values))
+
+    def digests(self) -> dict[str, PartDigest]:
+        """Digest of each region by its key, computed from the engine's memory."""
+        found: dict[str, PartDigest] = {}
+        for copy, held in enumerate(self.held):
+            total = PartDigest()
+            for piece in _current(copy, held):
+                total = total + piece.digest(piece.patterns)
+            if found.setdefault(held.region.key, total) != total:
+                raise ValueError(f"two copies of {self.spec.name} differ")
+        return found
+
+
+def _sparse(copy: int, held: Held, indices: Tensor, patterns: Tensor) -> Iterator[Piece]:
+    block = _block(held.memory)
+    for begin in range(0, indices.numel(), block):
+        some = indices[begin : begin + block].to(held.memory.device)
+        positions, addresses = held.region.locate(some)
+        if positions.numel():
+            new = patterns[begin : begin + block].to(held.memory.device)[positions]
+            yield Piece(copy, held.region.key, held.memory, addresses, new, some[positions])
+
+
+def _run(copy: int, held: Held, start: int, patterns: Tensor) -> Iterator[Piece]:
+    region, block = held.region, _block(held.memory)
+    first = max(start, region.part_offset)
+    last = min(start + patterns.numel(), region.part_offset + region.numel)
+    for begin in range(first, last, block):
+        end = min(begin + block, last)
+        new = patterns[begin - start : end - start].to(held.memory.device)
+        shift = region.memory_offset - region.part_offset
+        yield Piece(copy, region.key, held.memory, slice(begin + shift, end + shift), new, begin)
+
+
+def _box(copy: int, held: Held, start: int, patterns: Tensor) -> Iterator[Piece]:
+    region, block = held.region, _block(held.memory)
+    first, last = region.rank(start), region.rank(start + patterns.numel())
+    for begin in range(first, last, block):
+        indices, addresses = region.elements(begin, min(begin + block, last), held.memory.device)
+        new = patterns[(indices - start).to(patterns.device)].to(held.memory.device)
+        yield Piece(copy, region.key, held.memory, addresses, new, indices)
+
+
+def _current(copy: int, held: Held) -> Iterator[Piece]:
+    """The region's own content, as pieces."""
+    region, block = held.region, _block(held.memory)
+    for begin in range(0, region.numel, block):
+        end = min(begin + block, region.numel)
+        if region.is_run:
+            where = slice(region.memory_offset + begin, region.memory_offset + end)
+            yield Piece(copy, region.key, held.memory, where, held.memory[where], region.part_offset + begin)
+        else:
+            indices, addresses = region.elements(begin, end, held.memory.device)
+            yield Piece(copy, region.key, held.memory, addresses, held.memory[addresses], indices)
+
+
+def _block(memory: Tensor) -> int:
+    return _BLOCK.get(memory.device.type, 1 << 20)

@@ -1,0 +1,228 @@
+"""The engine protocol on vLLM's AsyncLLM.
+
+Knows vLLM's pausing, weight versions and worker calls; knows nothing of HTTP, transfers or who asks.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from vllm import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+from vllm.v1.engine.exceptions import EngineGenerateError
+
+from flashrl_rollout import rank_replies
+from flashrl_rollout.completions import completions, sampling_params
+from flashrl_rollout.engine import EngineCompletion, EngineDeadError, EngineError, EngineInfo, EngineStats
+from flashrl_rollout.engine_settings import EngineSettings, environment
+from flashrl_rollout.gauges import Gauges
+from flashrl_rollout.staged import StagedUpdate
+from flashrl_rollout.tokenization import Tokenization
+from flashrl_wire.digest import PartDigest
+from flashrl_wire.layout import WeightLayout
+from flashrl_wire.messages import PauseMode, Sampling
+
+_WORKER = "flashrl_rollout.worker.WorkerExtension"
+_METHODS = {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
+_CALL_TIMEOUT_S = 1800.0
+_HEARTBEAT_S = 0.5
+_SHUTDOWN_S = 20.0
+_MODES = {"keep": "keep", "drain": "wait"}
+
+
+class VllmEngine:
+    """A started engine; `await VllmEngine.start(settings)` makes one."""
+
+    def __init__(self, llm: AsyncLLM, settings: EngineSettings, gauges: Gauges) -> None:
+        self._llm = llm
+        self._gauges = gauges
+        self._tokenization = Tokenization(llm.get_tokenizer())
+        self._layout = WeightLayout(())
+        self._is_lost = False
+        config = llm.model_config
+        self.info = EngineInfo(
+            model=settings.model,
+            quantization=settings.quantization,
+            vocab_size=config.get_vocab_size(),
+            max_model_len=config.max_model_len,
+            tokenizer_hash=self._tokenization.hash,
+        )
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> "VllmEngine":
+        """Load the model, find its tensors, warm up; ValueError for settings or models that cannot work."""
+        folder = await asyncio.to_thread(_folder, settings.model)
+        gauges = Gauges()
+        with environment(settings.environment()):
+            llm = await asyncio.to_thread(_launch, settings, folder, gauges)
+        try:
+            engine = cls(llm, settings, gauges)
+            await engine._open(folder)
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
+            raise
+        return engine
+
+    async def _open(self, folder: Path) -> None:
+        try:
+            self._layout = rank_replies.layout(await self._workers("flashrl_open", str(folder)))
+        except EngineError as error:
+            raise ValueError(str(error)) from error
+        await self._core(self._llm.engine_core.set_weight_version_async("0"))
+        # first uses compile or tune kernels; a request should not wait for that
+        await self.generate("warm-up", [0], 2, Sampling(max_tokens=2, temperature=1.0), 1)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once a process of the engine has died, or its weights are lost."""
+        return not self._is_lost and not self._llm.errored
+
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of a text or a chat (with the generation prompt); ValueError if the tokenizer cannot."""
+        return self._tokenization.encode(prompt)
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], n: int, sampling: Sampling, top_logprobs: int
+    ) -> list[EngineCompletion]:
+        """n samples of one prompt, sample i drawn with seed + i; cancelling the task frees their sequences.
+
+        Raises ValueError for a prompt that is too long or no prompt of this model.
+        """
+        params = sampling_params(sampling, n, top_logprobs)
+        try:
+            async for output in self._llm.generate(tokens_input(prompt_token_ids), params, request_id):
+                if output.finished:
+                    return completions(output, top_logprobs, self._tokenization)
+        except VllmDeadError as error:
+            raise EngineDeadError("the engine has died") from error
+        except EngineGenerateError as error:
+            raise EngineError(f"generation failed: {error.__cause__}") from error
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
+        raise EngineError("vLLM ended a request without an answer")
+
+    async def pause(self, mode: PauseMode, deadline_s: float) -> None:
+        """Stop at a step boundary: `keep` freezes running sequences, `drain` finishes them (TimeoutError: go on).
+
+        Calls the engine core directly: vLLM's public `pause_generation` ends in a 20 ms sleep.
+        """
+        pausing = self._llm.engine_core.pause_scheduler_async(mode=_MODES[mode], clear_cache=False)
+        try:
+            await asyncio.wait_for(self._core(pausing), deadline_s)
+        except TimeoutError as error:
+            await self.resume()
+            raise TimeoutError(f"sequences were still running after {deadline_s:g} s") from error
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._core(self._llm.engine_core.resume_scheduler_async())
+
+    async def layout(self) -> WeightLayout:
+        """Every stored tensor."""
+        return self._layout
+
+    async def digests(self) -> dict[str, PartDigest]:
+        """Digest of every part, computed now from what the engine computes with."""
+        return rank_replies.digests(await self._workers("flashrl_digests"))
+
+    async def apply(self, update: StagedUpdate) -> dict[str, PartDigest]:
+        """Write a staged update in place, keep the old values aside; EngineError: nothing changed."""
+        return await self._write("flashrl_apply", update.model_dump_json())
+
+    async def load_checkpoint(self, path: Path) -> dict[str, PartDigest]:
+        """Quantize a Hugging Face folder and write it in place, as `apply` does."""
+        return await self._write("flashrl_load_checkpoint", str(path))
+
+    async def _write(self, call: str, argument: str) -> dict[str, PartDigest]:
+        try:
+            return rank_replies.digests(await self._workers(call, argument))
+        except EngineDeadError:
+            self._is_lost = True
+            raise
+        except EngineError:
+            await self.revert()  # a rank that failed has undone its own write, the others have not
+            raise
+
+    async def revert(self) -> None:
+        """Put the old values of the last write back."""
+        await self._workers("flashrl_revert")
+
+    async def keep(self, version: int) -> None:
+        """Drop the old values; tokens from now on belong to `version`; forget every cached key and value.
+
+        Running sequences are recomputed: without that they, and prompts that share their prefix, would go on with
+        keys and values of the old weights.
+        """
+        core = self._llm.engine_core
+        if not await self._core(core.reset_prefix_cache_async(reset_running_requests=True)):
+            raise EngineError("vLLM did not forget the keys and values of the old weights")
+        await self._core(core.set_weight_version_async(str(version)))
+        await self._workers("flashrl_keep")
+
+    async def stats(self) -> EngineStats:
+        """Gauges."""
+        return self._gauges.stats()
+
+    async def close(self) -> None:
+        """Stop the engine and its processes."""
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()  # it would report the engine's end as a failure
+        await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_S)
+
+    async def _workers(self, call: str, *arguments: str) -> list[rank_replies.Reply]:
+        replies: list[rank_replies.Reply] = await self._core(self._llm.collective_rpc(call, args=arguments))
+        rank_replies.check(replies)
+        return replies
+
+    async def _core(self, call: Awaitable[Any]) -> Any:
+        """The result of a call to the engine's process; vLLM leaves such calls pending for ever when it dies."""
+        task = asyncio.ensure_future(call)
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                while not (await asyncio.wait({task}, timeout=_HEARTBEAT_S))[0]:
+                    if self._llm.errored:
+                        raise EngineDeadError("the engine has died")
+            return task.result()
+        except VllmDeadError as error:
+            raise EngineDeadError("the engine has died") from error
+        finally:
+            task.cancel()
+
+
+def _folder(model: str) -> Path:
+    """The checkpoint's folder, fetched from the model hub where `model` is no folder."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+
+
+def _launch(settings: EngineSettings, folder: Path, gauges: Gauges) -> AsyncLLM:
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    is_cpu = current_platform.is_cpu()
+    if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
+        raise ValueError(f"device: {settings.device} asked for, but vLLM here runs on {current_platform.device_type}")
+    arguments = AsyncEngineArgs(
+        model=str(folder),
+        served_model_name=settings.model,
+        quantization=_METHODS.get(settings.quantization, "flashrl_bf16" if is_cpu else None),
+        load_format="safetensors",
+        dtype="bfloat16",
+        tensor_parallel_size=settings.tensor_parallel_size,
+        max_model_len=settings.max_model_len or None,
+        max_num_seqs=settings.max_num_seqs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * (1 << 30)) if is_cpu else None,
+        enforce_eager=settings.enforce_eager,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        seed=settings.seed,
+        worker_extension_cls=_WORKER,
+    )
+    return AsyncLLM.from_engine_args(arguments, stat_loggers=[gauges.factory])
