@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from flashrl_trainer.console import ConsoleDisplay, format_bytes, format_seconds
+from flashrl_trainer.console import ConsoleDisplay
 from flashrl_trainer.metrics import METRIC_KEYS
+from flashrl_trainer.units import format_bytes, format_seconds
 
 Row = dict[str, float | None]
 

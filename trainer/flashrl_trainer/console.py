@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flashrl_trainer.metric_rows import Row
 from flashrl_trainer.settings import TrainerConfig
+from flashrl_trainer.units import format_bytes, format_seconds
 
 LEGEND = (
     "reward: mean over all samples of the step; eval: held-out problems solved; KL: sampler against trainer;\n"
@@ -107,23 +108,6 @@ def format_row(row: Row, step: str, left: str) -> str:
         f"{_number(row, 'tis/capped_fraction'):>7.2%} {_number(row, 'response/mean_tokens'):>7.1f} {update:>17} "
         f"{_number(row, 'sync/pause_ms'):>5.1f} ms {format_seconds(_number(row, 'perf/step_seconds')):>7} {left:>8}"
     )
-
-
-def format_bytes(count: float) -> str:
-    """Decimal units: `950 B`, `12.3 kB`, `1.2 GB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_seconds(seconds: float) -> str:
-    """`8.2 s`, `3:05`, `2:00:09`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _number(row: Row, key: str) -> float:
