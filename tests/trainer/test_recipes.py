@@ -11,6 +11,7 @@ RECIPES = sorted(ROOT.glob("configs/*.toml"))
 ENV_FILES = sorted(path for path in ROOT.glob(".env.*") if path.name != ".env.example")
 
 SMALL, LARGE = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-32B"
+SERVICE_TIMEOUT_S = 600.0  # the service's own default
 GSM8K, DAPO_MATH = "openai/gsm8k", "BytedTsinghua-SIA/DAPO-Math-17k"
 # model, data, prompts a step, prompts a mini-batch, samples, prompt tokens, response tokens, overlong buffer, TIS cap
 TABLE = {
@@ -37,6 +38,8 @@ def test_recipe_loads_and_its_header_gives_both_commands(path: Path) -> None:
     header = path.read_text().partition("\n[")[0]
     assert f"flashrl-rollout serve --model {config.model.path} --quantization {config.rollout.quantization}" in header
     assert f"train --config configs/{path.name}" in header
+    if config.rollout.request_timeout_s != SERVICE_TIMEOUT_S:  # the shorter of the two limits is the one that counts
+        assert f"--request-timeout-s {config.rollout.request_timeout_s:g} " in header
 
 
 @pytest.mark.parametrize("name", TABLE)
