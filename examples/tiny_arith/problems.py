@@ -81,7 +81,7 @@ class Problem:
 def enumerate_problems() -> Iterator[Problem]:
     """Every problem of the example, in a fixed order: the numbers a child does in the head, no result above 99."""
     for first, second in product(OPERATIONS, OPERATIONS):
-        largest_a = 12 if first == "*" else 24 if second == "*" else 40
+        largest_a = 12 if first == "*" else 15 if second == "*" else 32
         largest_c = 4 if second == "*" else 9
         for a, b, c in product(range(2, largest_a + 1), range(2, 10), range(2, largest_c + 1)):
             problem = Problem(first, second, a, b, c)
@@ -91,7 +91,7 @@ def enumerate_problems() -> Iterator[Problem]:
 
 def _is_easy(problem: Problem) -> bool:
     # Subtracting c must be possible from a and from the middle too: the sloppy styles of styles.py do that.
-    return problem.c < min(problem.a, problem.middle) and problem.middle <= 50 and problem.result <= LARGEST_NUMBER
+    return problem.c < min(problem.a, problem.middle) and problem.middle <= 40 and problem.result <= LARGEST_NUMBER
 
 
 def split_of(problem: Problem) -> Split:
