@@ -178,7 +178,11 @@ class Loop:
 
     def _evaluate(self) -> Row:
         scores = self._p.ranks.on_main(self._scores)
-        return {"eval/accuracy": scores.accuracy, "eval/greedy": scores.greedy}
+        return {
+            "eval/accuracy": scores.accuracy,
+            "eval/greedy": scores.greedy,
+            "eval/samples": scores.num_samples,
+        }
 
     def _scores(self) -> EvalScores:
         settings = self._p.config.eval
