@@ -124,7 +124,8 @@ class Generator:
                     for index, prompt in enumerate(prompts)
                 ]
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # the first one cancelled the others
+            error = errors.exceptions[0]  # it cancelled the others
+            raise InvalidFieldError(f"prompts: {error}") if isinstance(error, ValueError) else error from None
         return [task.result() for task in tasks]
 
 

@@ -48,10 +48,14 @@ class _Stop:
     pass
 
 
+class BindError(Exception):
+    """The address cannot be listened on."""
+
+
 class Receiver:
     """Binds at construction, receives from `start` to `stop`; one transfer at a time.
 
-    Raises zmq.ZMQError where the address cannot be bound. `keys` turn on CURVE with their allow-list.
+    Raises BindError where the address is not free. `keys` turn on CURVE with their allow-list.
     """
 
     def __init__(self, host: str, port: int, keys: ServiceKeys | None = None) -> None:
@@ -60,9 +64,9 @@ class Receiver:
         self._authenticator = _authenticate(self._context, keys) if keys else None
         try:
             self._router = _bind(self._context, host, port, keys)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
             self._end_context()
-            raise
+            raise BindError(str(error)) from error
         self.port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._commands: queue.SimpleQueue[_Open | _Finish | _Stop] = queue.SimpleQueue()
         self._wake, self._woken = _pair(self._context)
@@ -70,6 +74,11 @@ class Receiver:
         self._transfer: Transfer | None = None
         self._listener: Listener | None = None
         self._peer: bytes | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether frames are being received."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begin to receive."""

@@ -9,10 +9,12 @@ from typing import Any
 from flashrl_wire.errors import InvalidFieldError, MalformedError, MethodNotAllowedError, UnknownRouteError, WireError
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]]) -> WireError:
+def invalid_request(errors: Sequence[Mapping[str, Any]], content_type: str) -> WireError:
     """MalformedError for a body that is no JSON, else InvalidFieldError about the most specific complaint."""
     if any(error["type"] == "json_invalid" for error in errors):
         return MalformedError("the body is not JSON")
+    if content_type and "json" not in content_type:  # what curl -d sends is taken for text
+        return MalformedError(f"the body is declared as {content_type}, not as application/json")
     # a value that fits no member of a union has a complaint a member; the deepest is the member that was meant
     worst = max(errors, key=lambda error: len(error["loc"]))
     field = _field(worst["loc"])

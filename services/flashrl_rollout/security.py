@@ -8,6 +8,7 @@ import ipaddress
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def is_authorized(header: bytes | None, token: str) -> bool:
     return hmac.compare_digest(header or b"", b"Bearer " + token.encode())
 
 
-def read_token(token_file: Path | None, environ: dict[str, str] | os._Environ[str]) -> str | None:
+def read_token(token_file: Path | None, environ: Mapping[str, str]) -> str | None:
     """The API token of FLASHRL_TOKEN or else of a file; ValueError for an empty one or a file that others may read."""
     token = environ.get(TOKEN_VARIABLE)
     name = TOKEN_VARIABLE

@@ -263,9 +263,10 @@ class WeightStore:
         self._tasks.add(task)  # the loop itself keeps no reference
         task.add_done_callback(self._tasks.discard)
 
-    async def close(self) -> None:
-        """Drop the transfer under way and wait for what must not be interrupted."""
+    async def close(self, timeout_s: float) -> None:
+        """Drop the transfer under way, and let a write that has begun come to its end."""
+        running = [task for task in (self._active and self._active.commit, self._loading, *self._tasks) if task]
         if self._active is not None and not self._active.is_committing:
             self._drop(self._active, UnknownTransferError("the service is stopping"))
-        running = [task for task in (self._active and self._active.commit, self._loading, *self._tasks) if task]
-        await asyncio.gather(*running, return_exceptions=True)
+        if running:
+            await asyncio.wait(running, timeout=timeout_s)

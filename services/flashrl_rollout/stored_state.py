@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_wire.codec import TORCH_DTYPE
 from flashrl_wire.digest import PartDigest, combine, digest_range
 from flashrl_wire.layout import PartSpec, TensorSpec, WeightLayout
@@ -40,17 +39,14 @@ def store(spec: TensorSpec, values: Tensor) -> Parts:
 
 def read_parts(folder: Path, layout: WeightLayout) -> Parts:
     """The stored form of a Hugging Face folder; ValueError for a tensor that is missing or has another shape."""
-    values: Parts = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            values |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file.name}: {error}") from error
-    parts: Parts = {}
+    checkpoint = Checkpoint(folder)
     for spec in layout.tensors:
-        if spec.name not in values or tuple(values[spec.name].shape) != spec.shape:
+        if checkpoint.shapes.get(spec.name) != spec.shape:
             raise ValueError(f"{folder.name}: has no tensor {spec.name} of shape {list(spec.shape)}")
-        parts |= store(spec, values[spec.name].bfloat16())
+    specs = {spec.name: spec for spec in layout.tensors}
+    parts: Parts = {}
+    for name, values in checkpoint.tensors(list(specs)):
+        parts |= store(specs[name], values)
     return parts
 
 

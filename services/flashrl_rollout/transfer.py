@@ -107,9 +107,12 @@ class Transfer:
 
     def _accept(self, index: int, payload: memoryview) -> Frame | None:
         """Verify and keep a chunk, or say why not."""
+        chunk = self.manifest.chunks[index]
         try:
-            block = codec.decompress(self.manifest.chunks[index], payload)
+            block = codec.decompress(chunk, payload)
         except BadUpdateError as error:
+            if codec.chunk_hash(payload) == chunk.hash:  # what arrived is what was sent: another copy will not help
+                return self.fail(error.code, f"chunk {index}: {error}")
             self._damaged[index] += 1
             if self._damaged[index] > MAX_RESENDS:
                 return self.fail(error.code, f"chunk {index} arrived damaged {self._damaged[index]} times: {error}")

@@ -27,6 +27,8 @@ class VersionGate:
         self._fenced = asyncio.Event()
         self._settled = asyncio.Event()  # open or fenced: nobody has to wait
         self._settled.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def close(self, reason: Reason) -> None:
         """Hold new requests back."""
@@ -58,6 +60,10 @@ class VersionGate:
         """Wait for a fence."""
         await self._fenced.wait()
 
+    async def idle(self) -> None:
+        """Wait until no request is active."""
+        await self._idle.wait()
+
     def check(self) -> None:
         """Raise the fence's error if there is one."""
         if self._fence_error is not None:
@@ -74,6 +80,7 @@ class VersionGate:
         self._check_room(num_sequences)
         self.active_sequences += num_sequences
         self.active_requests += 1
+        self._idle.clear()
         try:
             await self._wait_until_open()
             self._check_version(min_version)
@@ -81,6 +88,8 @@ class VersionGate:
         finally:
             self.active_sequences -= num_sequences
             self.active_requests -= 1
+            if not self.active_requests:
+                self._idle.set()
 
     def _settle(self) -> None:
         if self._closed_by and self._fence_error is None:

@@ -1,0 +1,96 @@
+"""What is checked and bound before the model is loaded, so that a mistake shows at once and not a minute later.
+
+Knows addresses, files and keys; knows nothing of engines or routes.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from flashrl_rollout.config import RolloutConfig
+from flashrl_rollout.receiver import BindError, Receiver
+from flashrl_rollout.security import check_exposure, read_keys, read_token
+from flashrl_rollout.stage_dir import StageDir
+
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The service's addresses, taken."""
+
+    http: socket.socket
+    receiver: Receiver
+    stage_dir: StageDir
+    token: str | None
+
+    @property
+    def http_port(self) -> int:
+        """The port that was taken."""
+        return int(self.http.getsockname()[1])
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.http.close()
+        self.receiver.stop()
+        self.stage_dir.close()
+
+
+def bind(config: RolloutConfig, environ: Mapping[str, str] = os.environ) -> Bound:
+    """Read the secrets and take both ports; ValueError names the setting that stands in the way."""
+    token = read_token(config.token_file, environ)
+    keys = read_keys(config.keys_dir) if config.keys_dir else None
+    check_exposure(config.host, token, keys)
+    http = _listen(config.host, config.port)
+    try:
+        receiver = Receiver(str(http.getsockname()[0]), config.weights_port, keys)
+    except BindError as error:
+        http.close()
+        raise ValueError(f"weights_port: cannot listen on {config.host}:{config.weights_port}: {error}") from error
+    try:
+        stage_dir = StageDir(config.stage_root, receiver.port)
+    except ValueError:
+        http.close()
+        receiver.stop()
+        raise
+    return Bound(http, receiver, stage_dir, token)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(f"host: {host}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"port: cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+def check_model(model: str) -> None:
+    """ValueError unless `model` is a folder with a config.json or a model that the hub or its cache has."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model: the folder {model} has no config.json")
+        return
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ValueError(f"model: there is no folder {model}")
+    try:
+        huggingface_hub.hf_hub_download(model, "config.json")
+    except HFValidationError as error:
+        raise ValueError(f"model: {model} is neither a folder nor a name on the model hub") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"model: there is no folder {model}, and the model hub has none of this name") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"model: there is no folder {model}, and the model hub cannot be reached") from error
