@@ -5,10 +5,12 @@ Knows the folder's layout; knows nothing of engines or quantization.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,7 +24,7 @@ class Checkpoint:
         self._files = _files(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(self._files.values())):
-            with safe_open(file, framework="pt") as opened:
+            with _opened(file) as opened:
                 self.shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
         missing = sorted(self._files.keys() - self.shapes.keys())
         if missing:
@@ -34,7 +36,7 @@ class Checkpoint:
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
         for file, held in by_file.items():
-            with safe_open(file, framework="pt") as opened:
+            with _opened(file) as opened:
                 for name in held:
                     yield name, opened.get_tensor(name).to(torch.bfloat16)
 
@@ -42,9 +44,9 @@ class Checkpoint:
 def _files(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
     if (folder / _INDEX).is_file():
-        files = json.loads((folder / _INDEX).read_text())["weight_map"]
+        files = _index(folder / _INDEX)
     elif (folder / _SINGLE).is_file():
-        with safe_open(folder / _SINGLE, framework="pt") as opened:
+        with _opened(folder / _SINGLE) as opened:
             files = dict.fromkeys(opened.keys(), _SINGLE)
     else:
         raise ValueError(f"checkpoint: {folder} has neither {_SINGLE} nor {_INDEX}")
@@ -52,3 +54,20 @@ def _files(folder: Path) -> dict[str, Path]:
         if Path(file).name != file or not (folder / file).is_file():
             raise ValueError(f"checkpoint: the index of {folder} names {file!r}, which is no file in it")
     return {name: folder / file for name, file in files.items()}
+
+
+def _index(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text())["weight_map"]
+        return {str(name): str(held) for name, held in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {file} is no index of tensors") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: {file}: {error}") from error

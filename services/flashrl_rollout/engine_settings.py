@@ -41,6 +41,7 @@ class EngineSettings:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker inherits locks that the parent's threads hold
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(int(self.start_timeout_s)),
             WATCH_PARENT: "1",
         }
         if find_spec("flashinfer") is None:

@@ -4,6 +4,7 @@ Knows parts, changes and bits; knows nothing of vLLM, files or processes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -39,21 +40,20 @@ class RuntimeWeights:
         return {name: part.digests() for name, part in self._parts.items()}
 
     def write(self, changes: Iterable[Change]) -> Shifts:
-        """Write changes in place, read them back, and tell what they added to the digests.
+        """Write changes in place, read them back, and tell what they added to the digests; a pending update is dropped.
 
-        Raises ValueError, with every old value back, for a change that does not fit or a write that does not stick;
-        TakeBackError where the old values could not be put back.
+        Raises ValueError for a change that does not fit or a write that does not stick. Whatever is raised, also by
+        `changes`, the old values are back, except for TakeBackError, where they could not be put back.
         """
-        if len(self._undo):
-            raise ValueError("an update is pending")
         shifts: Shifts = {}
-        try:
+        with ExitStack() as unless_whole:
+            unless_whole.callback(self._take_back)
+            if self._touched:
+                self.revert()  # an update that was neither kept nor taken back, because its caller went away
             for change in changes:
                 self._write(change, shifts.setdefault(change.part, {}))
             self._refresh(self._touched)
-        except (ValueError, RuntimeError, OSError) as error:
-            self._take_back(error)
-            raise ValueError(f"{error}; the old values are back") from error
+            unless_whole.pop_all()
         return shifts
 
     def revert(self) -> None:
@@ -67,11 +67,11 @@ class RuntimeWeights:
         self._undo.clear()
         self._touched.clear()
 
-    def _take_back(self, cause: Exception) -> None:
+    def _take_back(self) -> None:
         try:
             self.revert()
         except RuntimeError as error:
-            raise TakeBackError(f"{cause}; and the old values could not be put back: {error}") from cause
+            raise TakeBackError(f"the old values could not be put back: {error}") from error
 
     def _write(self, change: Change, shifts: dict[str, PartDigest]) -> None:
         part = self._checked(change)

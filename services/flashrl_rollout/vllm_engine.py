@@ -146,9 +146,17 @@ class VllmEngine:
         except EngineDeadError:
             self._is_lost = True
             raise
-        except EngineError:
-            await self.revert()  # a rank that failed has undone its own write, the others have not
-            raise
+        except EngineError as error:
+            await self._undo(error)
+            raise EngineError(f"{error}; the old weights are in place") from error
+
+    async def _undo(self, cause: EngineError) -> None:
+        """Take a failed write back on every rank: the one that failed has done so, the others have not."""
+        try:
+            await self.revert()
+        except EngineError as error:
+            self._is_lost = True
+            raise EngineDeadError(f"{cause}; and the old weights could not be put back: {error}") from cause
 
     async def revert(self) -> None:
         """Put the old values of the last write back."""
@@ -163,8 +171,8 @@ class VllmEngine:
         core = self._llm.engine_core
         if not await self._core(core.reset_prefix_cache_async(reset_running_requests=True)):
             raise EngineError("vLLM did not forget the keys and values of the old weights")
-        await self._core(core.set_weight_version_async(str(version)))
         await self._workers("flashrl_keep")
+        await self._core(core.set_weight_version_async(str(version)))
 
     async def stats(self) -> EngineStats:
         """Gauges."""

@@ -53,18 +53,18 @@ class WorkerExtension:
     @_replying
     def flashrl_digests(self) -> Reply:
         """Digest of every region, from the runtime tensors."""
-        return {"digests": _hex(self.flashrl.weights.digests())}
+        return {"digests": as_text(self.flashrl.weights.digests())}
 
     @_replying
     def flashrl_apply(self, update: str) -> Reply:
         """Write a staged update, given as JSON."""
         staged = StagedUpdate.model_validate_json(update)
-        return {"digests": _hex(self.flashrl.weights.write(read_staged(staged)))}
+        return {"digests": as_text(self.flashrl.weights.write(read_staged(staged)))}
 
     @_replying
     def flashrl_load_checkpoint(self, folder: str) -> Reply:
         """Quantize and write a whole checkpoint."""
-        return {"digests": _hex(self.flashrl.load(Checkpoint(Path(folder))))}
+        return {"digests": as_text(self.flashrl.load(Checkpoint(Path(folder))))}
 
     @_replying
     def flashrl_revert(self) -> Reply:
@@ -79,5 +79,6 @@ class WorkerExtension:
         return {}
 
 
-def _hex(shifts: Shifts) -> dict[str, dict[str, str]]:
+def as_text(shifts: Shifts) -> dict[str, dict[str, str]]:
+    """Digests as hex, in the form that `rank_replies` reads."""
     return {part: {key: digest.hex() for key, digest in regions.items()} for part, regions in shifts.items()}

@@ -1,0 +1,172 @@
+"""Writing, reading back, taking back: over memory laid out like a fused matrix and a slice of columns."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, patterns_of
+from flashrl_rollout.runtime_weights import RuntimeWeights, TakeBackError
+from flashrl_rollout.undo import UndoLog
+from flashrl_wire.delta import Change, snapshot
+from flashrl_wire.digest import PartDigest, bits, digest_range
+from flashrl_wire.layout import PartSpec
+
+
+class Rig:
+    """A fused bf16 [4, 6] matrix of parts `a` (rows 0-2) and `b` (row 3), and one fp8 part in a column slice."""
+
+    def __init__(self) -> None:
+        self.fused = torch.arange(24, dtype=torch.float32).view(4, 6).to(torch.bfloat16)
+        self.slice = torch.ones(2, 3).to(torch.float8_e4m3fn)
+        self.refreshed: list[set[int]] = []
+        self.fail = False
+        a = _run(PartSpec("a", "bf16", (3, 6)), 0, self.fused)
+        b = _run(PartSpec("b", "bf16", (6,)), 18, self.fused)
+        region = Region.of(3, 0, iter([Axis(2, 6, 3), Axis(3, 1, 1)]))
+        c = RuntimePart(PartSpec("c", "fp8", (2, 6)), (Held(region, patterns_of(self.slice)),))
+        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh)
+
+    def _refresh(self, touched: set[int]) -> None:
+        if self.fail:
+            raise RuntimeError("no room to pack")
+        self.refreshed.append(set(touched))
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """The bits of both tensors."""
+        return bits(self.fused).clone(), bits(self.slice).clone()
+
+    def total(self) -> dict[str, PartDigest]:
+        """Digest of each part, from memory."""
+        return {name: sum(regions.values(), PartDigest()) for name, regions in self.weights.digests().items()}
+
+
+def _run(spec: PartSpec, at: int, tensor: Tensor) -> RuntimePart:
+    region = Region.of(0, at, iter([Axis(spec.numel, 1, 1)]))
+    return RuntimePart(spec, (Held(region, patterns_of(tensor)),))
+
+
+def _changes() -> list[Change]:
+    nan = torch.tensor([float("nan"), -0.0]).to(torch.bfloat16)
+    return [
+        Change("a", nan, indices=torch.tensor([2, 17])),
+        snapshot("b", torch.full((6,), 5.0, dtype=torch.bfloat16)),
+        Change("c", torch.full((12,), 2.0).to(torch.float8_e4m3fn)),
+    ]
+
+
+def test_write_changes_exactly_the_named_elements() -> None:
+    rig = Rig()
+    before = rig.fused.clone()
+    rig.weights.write(_changes())
+    flat = rig.fused.view(-1)
+    assert torch.isnan(flat[2])
+    assert bits(flat[17:18]).item() == bits(torch.tensor([-0.0]).to(torch.bfloat16)).item()
+    assert (flat[18:] == 5).all()
+    untouched = [i for i in range(18) if i not in (2, 17)]
+    assert torch.equal(flat[untouched], before.view(-1)[untouched])
+    assert (rig.slice.float() == 2).all()
+    assert rig.refreshed[-1] == {rig.fused.data_ptr(), rig.slice.data_ptr()}
+
+
+def test_shifts_are_the_difference_of_full_digests() -> None:
+    rig = Rig()
+    before = rig.total()
+    shifts = rig.weights.write(_changes())
+    for name, digest in rig.total().items():
+        assert before[name] + sum(shifts[name].values(), PartDigest()) == digest
+    assert rig.total()["b"] == digest_range(torch.full((6,), 5.0, dtype=torch.bfloat16))
+
+
+def test_revert_restores_every_bit_and_refreshes() -> None:
+    rig = Rig()
+    before, digests = rig.state(), rig.total()
+    rig.weights.write(_changes())
+    rig.weights.revert()
+    assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
+    assert rig.total() == digests
+    assert rig.refreshed[-1] == {rig.fused.data_ptr(), rig.slice.data_ptr()}
+
+
+def test_overlapping_changes_of_one_update_revert_to_the_first_state() -> None:
+    rig = Rig()
+    before = rig.state()
+    first = Change("b", torch.full((6,), 1.0, dtype=torch.bfloat16))
+    second = Change("b", torch.full((2,), 2.0, dtype=torch.bfloat16), indices=torch.tensor([0, 5]))
+    shifts = rig.weights.write([first, second])
+    assert rig.total()["b"] == digest_range(torch.tensor([2.0, 1, 1, 1, 1, 2]).to(torch.bfloat16))
+    rig.weights.revert()
+    assert sum(shifts["b"].values(), rig.total()["b"]) == digest_range(torch.tensor([2.0, 1, 1, 1, 1, 2]).bfloat16())
+    assert torch.equal(rig.state()[0], before[0])
+
+
+def test_keep_makes_revert_harmless() -> None:
+    rig = Rig()
+    rig.weights.write(_changes())
+    rig.weights.keep()
+    kept = rig.state()
+    rig.weights.revert()
+    assert all(torch.equal(new, old) for new, old in zip(rig.state(), kept, strict=True))
+
+
+def test_a_pending_update_is_taken_back_before_the_next() -> None:
+    rig = Rig()
+    before = rig.total()
+    rig.weights.write(_changes())
+    shifts = rig.weights.write([snapshot("b", torch.zeros(6, dtype=torch.bfloat16))])
+    after = rig.total()
+    assert {name for name in after if after[name] != before[name]} == {"b"}
+    assert before["b"] + sum(shifts["b"].values(), PartDigest()) == after["b"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (Change("x", torch.zeros(1)), "x is no part"),
+        (Change("a", torch.zeros(1)), "a holds bf16, not torch.float32"),
+        (Change("b", torch.zeros(6, dtype=torch.bfloat16), start=1), "b has 6 elements, .* from 1 to 7"),
+        (Change("b", torch.zeros(1, dtype=torch.bfloat16), indices=torch.tensor([-1])), "from -1 to 0"),
+    ],
+)
+def test_a_change_that_does_not_fit_undoes_those_before_it(bad: Change, message: str) -> None:
+    rig = Rig()
+    before = rig.state()
+    with pytest.raises(ValueError, match=message):
+        rig.weights.write([*_changes(), bad])
+    assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
+
+
+def test_a_source_that_breaks_off_leaves_nothing_behind() -> None:
+    def breaking() -> Iterator[Change]:
+        yield from _changes()
+        raise KeyError("file gone")
+
+    rig = Rig()
+    before = rig.state()
+    with pytest.raises(KeyError, match="file gone"):
+        rig.weights.write(breaking())
+    assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
+
+
+def test_a_refresh_that_fails_twice_is_told_apart() -> None:
+    rig = Rig()
+    before = rig.state()
+    rig.fail = True
+    with pytest.raises(TakeBackError, match="old values could not be put back: no room to pack"):
+        rig.weights.write(_changes())
+    rig.fail = False
+    rig.weights.revert()
+    assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
+    assert rig.refreshed[-1] == {rig.fused.data_ptr(), rig.slice.data_ptr()}
+
+
+def test_the_undo_log_works_beyond_its_room_on_the_device() -> None:
+    memory = torch.arange(8, dtype=torch.int16)
+    log = UndoLog(device_bytes=4)
+    for where in (slice(0, 2), torch.tensor([1, 5]), slice(4, 8)):
+        log.add(memory, where, memory[where].clone())
+        memory[where] = -1
+    log.take_back()
+    assert memory.tolist() == list(range(8))
+    assert len(log) == 0
