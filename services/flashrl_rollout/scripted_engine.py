@@ -21,7 +21,6 @@ from flashrl_wire.digest import PartDigest, bits
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Sampling
 
-END_TOKEN = 0
 _DRAW = 1 << 64
 
 
@@ -65,7 +64,7 @@ class Faults:
 
 
 class ScriptedEngine:
-    """`Engine` over plain tensors. Every token takes `token_s` seconds."""
+    """`Engine` over plain tensors. Every token takes `token_s` seconds; `end_token` None: only lengths end a sample."""
 
     def __init__(
         self,
@@ -74,6 +73,7 @@ class ScriptedEngine:
         info: EngineInfo,
         *,
         tokenizer: Tokenizer | None = None,
+        end_token: int | None = 0,
         token_s: float = 0.0,
         faults: Faults | None = None,
     ) -> None:
@@ -81,13 +81,13 @@ class ScriptedEngine:
         self.faults = faults or Faults()
         self.cancelled_requests = 0
         self._layout, self._info, self._token_s = layout, info, token_s
-        self._tokenizer = tokenizer or ByteTokenizer()
+        self._tokenizer, self._end_token = tokenizer or ByteTokenizer(), end_token
         self._version = 0
         self._digest = stored_state.combined(layout, stored_state.digests(parts))
         self._old: list[Change] = []
         self._is_alive = True
         self._requests = 0
-        self._running = 0
+        self.running_requests = 0
         self._admits, self._steps = _set_event(), _set_event()
         self._idle = _set_event()
 
@@ -123,13 +123,13 @@ class ScriptedEngine:
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
-        self._running += 1
+        self.running_requests += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._running -= 1
-            if not self._running:
+            self.running_requests -= 1
+            if not self.running_requests:
                 self._idle.set()
 
     async def _sample(self, prompt: list[int], index: int, sampling: Sampling, top_logprobs: int) -> EngineCompletion:
@@ -138,7 +138,7 @@ class ScriptedEngine:
         logprobs: list[float] = []
         spans: list[tuple[int, int, int]] = []
         text = ""
-        while len(tokens) < sampling.max_tokens and not _is_stopped(tokens, text, sampling.stop):
+        while len(tokens) < sampling.max_tokens and not self._is_stopped(tokens, text, sampling.stop):
             await asyncio.sleep(self._token_s)
             await self._steps.wait()
             self._check_alive()
@@ -147,9 +147,12 @@ class ScriptedEngine:
             logprobs.append(logprob)
             spans = _extend(spans, self._version, len(tokens))
             text = self._tokenizer.decode(tokens)
-        reason = "stop" if _is_stopped(tokens, text, sampling.stop) else "length"
+        reason = "stop" if self._is_stopped(tokens, text, sampling.stop) else "length"
         top = [self._top(*pair, top_logprobs) for pair in zip(tokens, logprobs, strict=True)] if top_logprobs else None
         return EngineCompletion(text, tokens, logprobs, reason, spans, top)
+
+    def _is_stopped(self, tokens: list[int], text: str, stop: list[str]) -> bool:
+        return tokens[-1:] == [self._end_token] or any(word in text for word in stop)
 
     def _draw(self, prompt: list[int], seed: str, tokens: list[int]) -> tuple[int, float]:
         """The next token and its log-probability, in (-3, 0]."""
@@ -241,7 +244,7 @@ class ScriptedEngine:
 
     async def stats(self) -> EngineStats:
         """Requests at work."""
-        return EngineStats(running=self._running)
+        return EngineStats(running=self.running_requests)
 
     async def close(self) -> None:
         """Die."""
@@ -256,10 +259,6 @@ def _set_event() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
-
-
-def _is_stopped(tokens: list[int], text: str, stop: list[str]) -> bool:
-    return tokens[-1:] == [END_TOKEN] or any(word in text for word in stop)
 
 
 def _extend(spans: list[tuple[int, int, int]], version: int, end: int) -> list[tuple[int, int, int]]:

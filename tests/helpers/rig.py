@@ -3,7 +3,8 @@
 Knows how to build one; knows nothing of what is tested.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,12 @@ class Rig:
         reply = await self.http.get("/weights")
         return dict(reply.json())
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the loop run until a condition of the service holds."""
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 (production code has no event for it)
+                await asyncio.sleep(0.001)
+
     async def sample(self, prompt: str = "hi", **sampling: object) -> list[int]:
         """Greedy tokens for a prompt."""
         body = {"prompts": [prompt], "sampling": {"temperature": 0, "max_tokens": 8, **sampling}}
@@ -103,7 +110,7 @@ async def running(
     bound = startup.bind(config, {} if token is None else {"FLASHRL_TOKEN": token})
     bound.receiver.start()
     service = Service()
-    engine = ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO, token_s=token_s)
+    engine = ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO, end_token=None, token_s=token_s)
     app = create_app(service, token=bound.token, max_body_bytes=config.max_body_mib << 20)
     service.parts = await assemble(config, engine, bound.receiver, bound.stage_dir, service.metrics.count_update)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

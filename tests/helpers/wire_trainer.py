@@ -17,7 +17,7 @@ from flashrl_rollout.security import ServiceKeys
 from flashrl_rollout.stored_state import Parts
 from flashrl_wire import codec, delta, frames
 from flashrl_wire.delta import Change
-from flashrl_wire.frames import ChunkFrame, Credit, Failed, Frame, Hello, Staged
+from flashrl_wire.frames import ChunkFrame, Failed, Frame, Hello, Staged
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import Manifest
 
@@ -99,16 +99,12 @@ class Wire:
         """The next frame; TimeoutError if none comes."""
         return frames.unpack(await asyncio.wait_for(self._socket.recv(), timeout_s))
 
-    async def receive_last(self) -> Staged | Failed:
-        """Skip to the end of the transfer."""
-        while not isinstance(frame := await self.receive(), Staged | Failed):
-            pass
-        return frame
-
-    async def hello(self, transfer_id: str) -> list[Frame]:
-        """Say Hello; the first reply and all that follow until every present chunk is named."""
-        await self.send(Hello(transfer_id))
-        return [await self.receive()]
+    async def receive_last(self, transfer_id: str) -> Staged | Failed:
+        """Skip to the end of a transfer."""
+        while True:
+            frame = await self.receive()
+            if isinstance(frame, Staged | Failed) and frame.transfer_id == transfer_id:
+                return frame
 
     async def push(self, transfer_id: str, payloads: list[bytes], indices: Iterable[int] | None = None) -> None:
         """Send chunks without waiting for anything."""
@@ -136,24 +132,23 @@ class WireTrainer:
         assert reply.status_code == 202, reply.text
         return str(reply.json()["transfer_id"])
 
-    async def staged(self, update: Update) -> str:
-        """Begin and send everything; the transfer id once it is staged."""
-        transfer_id = await self.accepted(update)
-        await self.wire.send(Hello(transfer_id))
-        first = await self.wire.receive()
-        assert isinstance(first, Credit | Staged)
-        if isinstance(first, Credit):
-            await self.wire.push(transfer_id, update.payloads)
-            assert await self.wire.receive_last() == Staged(transfer_id)
-        return transfer_id
-
-    async def failed(self, update: Update) -> Failed:
-        """Begin and send everything; how it failed."""
+    async def sent(self, update: Update) -> Staged | Failed:
+        """Begin and send everything; how the transfer ended."""
         transfer_id = await self.accepted(update)
         await self.wire.send(Hello(transfer_id))
         await self.wire.push(transfer_id, update.payloads)
-        outcome = await self.wire.receive_last()
-        assert isinstance(outcome, Failed)
+        return await self.wire.receive_last(transfer_id)
+
+    async def staged(self, update: Update) -> str:
+        """The same; the transfer id once it is staged."""
+        outcome = await self.sent(update)
+        assert isinstance(outcome, Staged), outcome
+        return outcome.transfer_id
+
+    async def failed(self, update: Update) -> Failed:
+        """The same; how it failed."""
+        outcome = await self.sent(update)
+        assert isinstance(outcome, Failed), outcome
         return outcome
 
     async def commit(self, transfer_id: str) -> httpx.Response:

@@ -139,7 +139,7 @@ async def test_flipped_bit_is_asked_for_again(rig: Rig) -> None:
     assert isinstance(await rig.trainer.wire.receive(), Credit)
     assert await rig.trainer.wire.receive() == Resend(transfer_id, 1, "chunk hash differs")
     await rig.trainer.wire.push(transfer_id, update.payloads, range(1, len(update.payloads)))
-    assert isinstance(await rig.trainer.wire.receive_last(), Staged)
+    assert isinstance(await rig.trainer.wire.receive_last(transfer_id), Staged)
     assert (await rig.trainer.commit(transfer_id)).status_code == 200
 
 
@@ -148,7 +148,7 @@ async def test_chunk_that_stays_damaged_ends_the_transfer(rig: Rig) -> None:
     transfer_id = await rig.trainer.accepted(update)
     for _ in range(4):
         await rig.trainer.wire.send(ChunkFrame(transfer_id, 0), update.payloads[0][:-1])
-    outcome = await rig.trainer.wire.receive_last()
+    outcome = await rig.trainer.wire.receive_last(transfer_id)
     assert isinstance(outcome, Failed)
     assert (outcome.code, "4 times" in outcome.message) == ("bad_update", True)
     assert rig.version == 0
@@ -160,7 +160,7 @@ async def test_repeated_and_reordered_chunks_do_no_harm(rig: Rig) -> None:
     transfer_id = await rig.trainer.accepted(update)
     order = [i for i in reversed(range(len(update.payloads))) for _ in range(2)]
     await rig.trainer.wire.push(transfer_id, update.payloads, order)
-    assert isinstance(await rig.trainer.wire.receive_last(), Staged)
+    assert isinstance(await rig.trainer.wire.receive_last(transfer_id), Staged)
     await rig.trainer.commit(transfer_id)
     assert equal(rig.engine.parts, new)
 
@@ -176,7 +176,7 @@ async def test_reconnected_trainer_learns_what_is_there(rig: Rig) -> None:
     found = [await again.receive() for _ in range(3)]
     assert found == [Credit(transfer_id, 16 << 20, -1), Credit(transfer_id, 0, 0), Credit(transfer_id, 0, 2)]
     await again.push(transfer_id, update.payloads, [i for i in range(len(update.payloads)) if i not in (0, 2)])
-    assert isinstance(await again.receive_last(), Staged)
+    assert isinstance(await again.receive_last(transfer_id), Staged)
     again.close()
 
 
@@ -187,7 +187,7 @@ async def test_hello_is_answered_after_the_end_too(rig: Rig) -> None:
     assert await again.receive() == Staged(transfer_id)
     await rig.trainer.abort(transfer_id)
     await again.send(Hello(transfer_id))
-    assert isinstance(await again.receive_last(), Failed)
+    assert isinstance(await again.receive_last(transfer_id), Failed)
     again.close()
 
 
@@ -195,7 +195,7 @@ async def test_chunk_that_was_never_declared_ends_the_transfer(rig: Rig) -> None
     update = rig.delta()
     transfer_id = await rig.trainer.accepted(update)
     await rig.trainer.wire.send(ChunkFrame(transfer_id, len(update.payloads)), b"x")
-    outcome = await rig.trainer.wire.receive_last()
+    outcome = await rig.trainer.wire.receive_last(transfer_id)
     assert isinstance(outcome, Failed)
     assert outcome.code == "bad_update"
 
@@ -223,7 +223,7 @@ async def test_chunk_that_is_no_zstd_ends_the_transfer(rig: Rig) -> None:
     chunk = update.manifest.chunks[0].model_copy(update={"wire_bytes": len(junk), "hash": chunk_hash(junk)})
     transfer_id = await rig.trainer.accepted(update.declaring(chunks=[chunk, *update.manifest.chunks[1:]]))
     await rig.trainer.wire.send(ChunkFrame(transfer_id, 0), junk)
-    assert isinstance(await rig.trainer.wire.receive_last(), Failed)
+    assert isinstance(await rig.trainer.wire.receive_last(transfer_id), Failed)
 
 
 async def test_transfer_that_does_not_get_on_is_dropped(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ async def test_transfer_that_does_not_get_on_is_dropped(tmp_path: Path) -> None:
         transfer_id = await rig.trainer.accepted(rig.snapshot(rig.state(1)))
         await rig.trainer.wire.send(Hello(transfer_id))
         assert isinstance(await rig.trainer.wire.receive(), Credit)
-        outcome = await rig.trainer.wire.receive_last()
+        outcome = await rig.trainer.wire.receive_last(transfer_id)
         assert isinstance(outcome, Failed)
         assert (outcome.code, "0.1 s" in outcome.message) == ("unknown_transfer", True)
         assert (await rig.trainer.publish(rig.delta())).status_code == 200
@@ -240,7 +240,7 @@ async def test_transfer_that_does_not_get_on_is_dropped(tmp_path: Path) -> None:
 async def test_staged_transfer_is_dropped_too_if_nobody_commits(tmp_path: Path) -> None:
     async with running(tmp_path, transfer_deadline_s=0.2) as rig:
         transfer_id = await rig.trainer.staged(rig.delta())
-        assert isinstance(await rig.trainer.wire.receive_last(), Failed)
+        assert isinstance(await rig.trainer.wire.receive_last(transfer_id), Failed)
         assert (await rig.trainer.commit(transfer_id)).status_code == 404
         assert rig.staged_files() == []
 

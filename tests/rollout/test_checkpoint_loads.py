@@ -1,0 +1,108 @@
+"""Loading a checkpoint from the service's disk: only from under the roots, whole, or not at all."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.helpers.rig import LAYOUT, Rig, running
+
+from flashrl_rollout import stored_state
+from flashrl_rollout.checkpoint_path import resolve_checkpoint
+from flashrl_wire.errors import InvalidFieldError, PathNotAllowedError
+
+pytestmark = pytest.mark.anyio
+
+
+def write_checkpoint(folder: Path, seed: int = 7) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {spec.name: torch.randn(spec.shape, generator=generator).bfloat16() for spec in LAYOUT.tensors}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.fixture
+async def rooted(tmp_path: Path) -> AsyncIterator[Rig]:
+    """A service that may load from tmp_path/root."""
+    (tmp_path / "root").mkdir()
+    async with running(tmp_path, checkpoint_roots=[tmp_path / "root"]) as rig:
+        yield rig
+
+
+async def load(rig: Rig, path: Path | str, version: int = 5) -> tuple[int, dict[str, object]]:
+    reply = await rig.http.post("/load_weights", json={"kind": "checkpoint", "path": str(path), "version": version})
+    return reply.status_code, reply.json()
+
+
+async def test_checkpoint_becomes_the_version_asked_for(rooted: Rig, tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path / "root" / "step-5")
+    status, reply = await load(rooted, tmp_path / "root" / "step-5")
+    expected: stored_state.Parts = {}
+    for spec in LAYOUT.tensors:
+        expected |= stored_state.store(spec, tensors[spec.name])
+    assert (status, reply["version"]) == (200, 5)
+    assert reply["digest"] == stored_state.combined(LAYOUT, stored_state.digests(expected))
+    assert stored_state.digests(rooted.engine.parts) == stored_state.digests(expected)
+    assert (await rooted.trainer.publish(rooted.delta())).json()["version"] == 6
+
+
+async def test_paths_outside_the_roots_are_refused(rooted: Rig, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "outside")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    for path in (
+        tmp_path / "outside",
+        tmp_path / "root" / ".." / "outside",
+        tmp_path / "root" / "link",
+        "/",
+        "/nowhere",
+    ):
+        status, reply = await load(rooted, path)
+        assert (status, reply["error"]["code"]) == (403, "path_not_allowed")  # type: ignore[index]
+    assert rooted.version == 0
+
+
+async def test_folder_that_cannot_be_loaded_changes_nothing(rooted: Rig, tmp_path: Path) -> None:
+    before = stored_state.digests(rooted.engine.parts)
+    broken = tmp_path / "root" / "broken"
+    write_checkpoint(broken)
+    save_file({"norm.weight": torch.ones(3)}, broken / "model.safetensors")
+    for path, status in ((broken, 500), (tmp_path / "root" / "missing", 422), (f"{tmp_path}/root/\0", 422)):
+        assert (await load(rooted, path))[0] == status
+    assert stored_state.digests(rooted.engine.parts) == before
+    assert len(await rooted.sample()) > 0
+
+
+async def test_version_must_not_be_negative(rooted: Rig, tmp_path: Path) -> None:
+    assert (await load(rooted, tmp_path / "root", version=-1))[0] == 422
+
+
+async def test_load_waits_for_no_transfer(rooted: Rig, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "root" / "step-5")
+    transfer_id = await rooted.trainer.staged(rooted.delta())
+    assert (await load(rooted, tmp_path / "root" / "step-5"))[1]["error"]["code"] == "update_in_progress"  # type: ignore[index]
+    await rooted.trainer.abort(transfer_id)
+    assert (await load(rooted, tmp_path / "root" / "step-5"))[0] == 200
+
+
+def test_file_that_links_out_of_the_roots_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "root" / "step")
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    assert resolve_checkpoint(f"{tmp_path}/root/step", [tmp_path / "root"]) == (tmp_path / "root" / "step").resolve()
+    (tmp_path / "root" / "step" / "more.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(PathNotAllowedError):
+        resolve_checkpoint(f"{tmp_path}/root/step", [tmp_path / "root"])
+
+
+def test_roots_that_are_links_themselves_count_as_what_they_point_to(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "real" / "step")
+    (tmp_path / "root").symlink_to(tmp_path / "real")
+    assert resolve_checkpoint(f"{tmp_path}/root/step", [tmp_path / "root"]).name == "step"
+
+
+def test_loop_of_links_is_a_bad_field(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises((InvalidFieldError, PathNotAllowedError)):
+        resolve_checkpoint(str(tmp_path / "a"), [tmp_path])
