@@ -3,7 +3,7 @@
 Regions that several ranks hold are counted once and must agree. Knows replies as plain values; imports no vLLM.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flashrl_rollout.engine import EngineDeadError, EngineError
@@ -20,7 +20,7 @@ def check(replies: Iterable[Reply]) -> None:
         raise (EngineDeadError if "fatal" in reply else EngineError)(str(reply["error"]))
 
 
-def layout(replies: list[Reply]) -> WeightLayout:
+def layout(replies: Sequence[Reply]) -> WeightLayout:
     """The layout that all ranks agree on; EngineError unless their regions make up every part."""
     layouts = [WeightLayout.of(TensorSpec.model_validate(spec) for spec in reply["tensors"]) for reply in replies]
     if any(other != layouts[0] for other in layouts):
@@ -32,7 +32,7 @@ def layout(replies: list[Reply]) -> WeightLayout:
     return layouts[0]
 
 
-def digests(replies: list[Reply]) -> dict[str, PartDigest]:
+def digests(replies: Sequence[Reply]) -> dict[str, PartDigest]:
     """Digest, or shift of the digest, of every part; EngineError where two ranks' copies of a region differ."""
     regions: dict[tuple[str, str], str] = {}
     for reply in replies:

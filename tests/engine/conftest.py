@@ -1,0 +1,58 @@
+"""Engines and checkpoints, each made once a session: an engine takes the better part of a minute to start."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.helpers.real_engine import MAX_MODEL_LEN, PROMPTS, ROOT, Checkpoints, LoopThread, make_checkpoints, output_of
+
+from flashrl_rollout.engine import Engine
+from flashrl_rollout.engine_settings import EngineSettings
+from flashrl_wire.messages import Quantization
+
+MODEL = ROOT / "examples" / "tiny_arith" / "model"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """The tiny model and two others like it."""
+    return make_checkpoints(MODEL, tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[LoopThread]:
+    """The loop of all engines."""
+    thread = LoopThread()
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture(scope="session")
+def int8_engine(loop: LoopThread) -> Iterator[Engine]:
+    """An engine of the tiny model in int8; tests leave it with the weights they found."""
+    yield from _engine(loop, "int8")
+
+
+@pytest.fixture(scope="session")
+def none_engine(loop: LoopThread) -> Iterator[Engine]:
+    """The same, unquantized."""
+    yield from _engine(loop, "none")
+
+
+def _engine(loop: LoopThread, quantization: Quantization) -> Iterator[Engine]:
+    from flashrl_rollout.vllm_engine import VllmEngine
+
+    settings = EngineSettings(
+        str(MODEL), quantization, max_model_len=MAX_MODEL_LEN, enforce_eager=True, kv_cache_gib=0.125, threads=1
+    )
+    engine = loop.run(VllmEngine.start(settings))
+    yield engine
+    loop.run(engine.close())
+
+
+@pytest.fixture(scope="session")
+def fresh(checkpoints: Checkpoints) -> dict[str, Any]:
+    """Per quantization, the greedy output of an engine started from the last checkpoint."""
+    arguments = [str(checkpoints.third), json.dumps(PROMPTS), "24", "int8", "fp8", "none"]
+    return dict(output_of("fresh_greedy.py", arguments))

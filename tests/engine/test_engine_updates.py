@@ -1,0 +1,126 @@
+"""Updates of a real engine: exact, reversible, all or nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.helpers.real_engine import (
+    GREEDY,
+    PROMPTS,
+    Checkpoints,
+    LoopThread,
+    delta,
+    greedy,
+    save_like,
+    walk,
+)
+
+from flashrl_rollout import stored_state
+from flashrl_rollout.engine import Engine, EngineError
+from flashrl_rollout.staged import write_staged
+from flashrl_wire.delta import Change
+from flashrl_wire.digest import PartDigest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+def _engine(request: pytest.FixtureRequest, quantization: str) -> Engine:
+    engine: Engine = request.getfixturevalue(f"{quantization}_engine")
+    return engine
+
+
+async def _load(engine: Engine, folder: Path, version: int) -> dict[str, PartDigest]:
+    await engine.pause("keep", 30)
+    shifts = await engine.load_checkpoint(folder)
+    await engine.keep(version)
+    await engine.resume()
+    return shifts
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_deltas_lead_where_a_fresh_start_does(
+    request: pytest.FixtureRequest,
+    quantization: str,
+    loop: LoopThread,
+    checkpoints: Checkpoints,
+    fresh: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    engine = _engine(request, quantization)
+    folders = [checkpoints.first, checkpoints.second, checkpoints.third]
+    first, second, third = loop.run(walk(engine, folders, tmp_path))
+    loop.run(_load(engine, checkpoints.first, 3))
+    assert [first["digests_agree"], second["digests_agree"], third["digests_agree"]] == [True] * 3
+    assert [[tokens, logprobs] for tokens, logprobs in third["greedy"]] == fresh[quantization]
+    tokens = [[found for found, _ in step["greedy"]] for step in (first, second, third)]
+    assert tokens[0] != tokens[2]
+    assert first["greedy"] != second["greedy"] != third["greedy"]
+    assert loop.run(greedy(engine)) == first["greedy"]
+
+
+def test_quantizations_differ(fresh: dict[str, Any]) -> None:
+    assert fresh["int8"] != fresh["none"] != fresh["fp8"] != fresh["int8"]
+
+
+def test_revert_gives_back_output_and_digests(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    async def there_and_back() -> None:
+        layout = await int8_engine.layout()
+        before, digests = await greedy(int8_engine), await int8_engine.digests()
+        old, new = (stored_state.read_parts(folder, layout) for folder in (checkpoints.first, checkpoints.third))
+        await int8_engine.pause("keep", 30)
+        await int8_engine.apply(delta(layout, old, new, tmp_path / "staged"))
+        assert await int8_engine.digests() == stored_state.digests(new)
+        await int8_engine.revert()
+        assert await int8_engine.digests() == digests
+        await int8_engine.resume()
+        assert await greedy(int8_engine) == before
+
+    loop.run(there_and_back())
+
+
+def test_a_checkpoint_of_another_shape_changes_nothing(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    tensors = load_file(checkpoints.third / "model.safetensors")
+    last = max(name for name in tensors if name.endswith("norm.weight"))
+    wrong = save_like(checkpoints.first, tmp_path / "wrong", tensors | {last: tensors[last][:-1].clone()})
+    nan = save_like(checkpoints.first, tmp_path / "nan", tensors | _with_nan(tensors))
+    digests = loop.run(int8_engine.digests())
+    for folder, message in ((wrong, f"{last} is .* the model's"), (nan, "NaN"), (tmp_path, "neither")):
+        with pytest.raises(EngineError, match=message):
+            loop.run(_load(int8_engine, folder, 9))
+        loop.run(int8_engine.resume())
+        assert loop.run(int8_engine.digests()) == digests
+    (completion,) = loop.run(int8_engine.generate("after", PROMPTS[0], 1, GREEDY, 0))
+    assert {version for version, _, _ in completion.weight_versions} != {9}
+
+
+def _with_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = max(name for name in tensors if name.endswith("up_proj.weight"))
+    broken = tensors[name].clone()
+    broken[0, 0] = float("nan")
+    return {name: broken}
+
+
+def test_a_staged_update_that_does_not_fit_is_undone(int8_engine: Engine, loop: LoopThread, tmp_path: Path) -> None:
+    digests = loop.run(int8_engine.digests())
+    norm = next(name for name in sorted(digests) if name.endswith("norm.weight"))
+    good = Change(norm, torch.full((3,), 9.0, dtype=torch.bfloat16))
+    bad = Change("model.no_such.weight", torch.zeros(1, dtype=torch.bfloat16))
+    update = write_staged(tmp_path / "staged", [good, bad])
+    with pytest.raises(EngineError, match=r"model\.no_such\.weight is no part of this model; the old weights are in"):
+        loop.run(int8_engine.apply(update))
+    with pytest.raises(EngineError, match="No such file"):
+        loop.run(int8_engine.apply(update.model_copy(update={"path": str(tmp_path / "gone")})))
+    assert loop.run(int8_engine.digests()) == digests
+    assert int8_engine.is_alive
+
+
+def test_the_same_state_again_shifts_nothing(int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints) -> None:
+    shifts = loop.run(_load(int8_engine, checkpoints.first, 12))
+    assert set(shifts.values()) == {PartDigest()}
+    assert shifts.keys() == loop.run(int8_engine.digests()).keys()

@@ -1,0 +1,34 @@
+"""A program: starts an engine, takes it from checkpoint to checkpoint, prints what it said, and waits to be killed.
+
+`python walk_program.py QUANTIZATION STAGE_FOLDER FOLDER...` prints the report of `walk` as one line of JSON.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from tests.helpers.real_engine import MAX_MODEL_LEN, walk
+
+from flashrl_rollout.engine_settings import EngineSettings
+
+
+async def main(quantization: str, stage: Path, folders: list[Path]) -> None:
+    """Walk, print, wait."""
+    from flashrl_rollout.vllm_engine import VllmEngine
+
+    settings = EngineSettings(
+        str(folders[0]),
+        quantization,
+        max_model_len=MAX_MODEL_LEN,
+        enforce_eager=True,
+        kv_cache_gib=0.125,
+        threads=1,  # type: ignore[arg-type]
+    )
+    engine = await VllmEngine.start(settings)
+    print(json.dumps(await walk(engine, folders, stage)), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), [Path(folder) for folder in sys.argv[3:]]))
