@@ -88,9 +88,11 @@ def serve(
     try:
         settings = load_config(config, os.environ, flags)
         set_up_logging(settings.log_level)
+        from flashrl_rollout.model_check import check_model
+
+        check_model(settings.model)
         from flashrl_rollout import serving, startup
 
-        startup.check_model(settings.model)
         bound = startup.bind(settings)
     except ValueError as error:
         fail(str(error))

@@ -35,8 +35,10 @@ def scripted_layout(rows: int = 64) -> WeightLayout:
 
 
 async def start_engine(options: dict[str, Any]) -> Engine:
-    """`options`: rows and seed of the weights, start_s, token_s, and faults by name."""
+    """`options`: rows and seed of the weights, start_s, start_error, token_s, and faults by name."""
     await asyncio.sleep(options.get("start_s", 0.0))
+    if "start_error" in options:
+        raise ValueError(options["start_error"])
     layout = scripted_layout(options.get("rows", 64))
     info = EngineInfo("scripted", "int8", VOCAB_SIZE, MAX_MODEL_LEN, "0" * 32)
     parts = random_parts(layout, options.get("seed", 0))
