@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.rig import INFO, Rig, running
@@ -9,7 +10,7 @@ from tests.helpers.rig import INFO, Rig, running
 pytestmark = pytest.mark.anyio
 
 
-async def post(rig: Rig, **body: object) -> tuple[int, dict[str, object]]:
+async def post(rig: Rig, **body: object) -> tuple[int, dict[str, Any]]:
     reply = await rig.http.post("/generate", json=body)
     return reply.status_code, reply.json()
 
@@ -159,7 +160,7 @@ async def test_logprob_that_is_no_number_is_an_error_not_a_null(rig: Rig) -> Non
 async def test_client_that_leaves_has_its_request_cancelled(tmp_path: Path) -> None:
     async with running(tmp_path, token_s=0.01) as rig:
         body = {"prompts": ["hi", "ho"], "sampling": {"max_tokens": 100}}
-        messages = asyncio.Queue()
+        messages: asyncio.Queue[dict[str, object]] = asyncio.Queue()
         sent: list[dict[str, object]] = []
         await messages.put({"type": "http.request", "body": rig.http.build_request("POST", "/", json=body).content})
         scope = {

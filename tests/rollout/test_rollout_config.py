@@ -84,4 +84,4 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_settings_cannot_change_later() -> None:
     config = load_config(None, {}, {"model": "m"})
     with pytest.raises(ValueError, match="frozen"):
-        config.port = 1
+        setattr(config, "port", 1)  # noqa: B010 (mypy knows that it is frozen)
