@@ -95,8 +95,8 @@ class VllmEngine:
 
         Raises ValueError for a prompt that is too long or no prompt of this model.
         """
-        params = sampling_params(sampling, n, top_logprobs)
         try:
+            params = sampling_params(sampling, n, top_logprobs)
             async for output in self._llm.generate(tokens_input(prompt_token_ids), params, request_id):
                 if output.finished:
                     return completions(output, top_logprobs, self._tokenization)
@@ -183,6 +183,7 @@ class VllmEngine:
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()  # it would report the engine's end as a failure
         await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_S)
+        self._llm.shutdown = _nothing  # its finalizer calls it again, after the interpreter has taken vLLM apart
 
     async def _workers(self, call: str, *arguments: str) -> list[rank_replies.Reply]:
         replies: list[rank_replies.Reply] = await self._core(self._llm.collective_rpc(call, args=arguments))
@@ -202,6 +203,10 @@ class VllmEngine:
             raise EngineDeadError("the engine has died") from error
         finally:
             task.cancel()
+
+
+def _nothing() -> None:
+    """The shutdown of an engine that has been shut down."""
 
 
 def _folder(model: str) -> Path:

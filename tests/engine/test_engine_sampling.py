@@ -1,12 +1,17 @@
 """What a real engine samples and reports: processed log-probs, end tokens, seeds, cancellation, weight versions."""
 
 import asyncio
+import functools
 import math
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.helpers.real_engine import (
     PROMPTS,
     ROOT,
@@ -14,8 +19,11 @@ from tests.helpers.real_engine import (
     Checkpoints,
     LoopThread,
     delta,
+    load,
+    save_like,
     spans_cover,
 )
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flashrl_rollout import stored_state
@@ -26,19 +34,27 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 END = 0
 PROMPT = "Ann has 3 apples and buys 4 more. How many apples does she have?"
-WILD = Sampling(temperature=20.0, max_tokens=250, seed=11)  # nearly uniform over 512 tokens: seldom ends early
+LONG = Sampling(temperature=2.0, max_tokens=250, seed=11)
 
 
-def _logprobs(folder: Path, completion: EngineCompletion, prompt: list[int], temperature: float) -> list[float]:
-    """The log-probability of every token under a checkpoint, by a plain forward pass."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+@functools.cache
+def _model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _logprobs(folder: Path, completion: EngineCompletion, prompt: list[int], temperature: float) -> Tensor:
+    """The log-probability of every token under a checkpoint, by a plain forward pass in fp32."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logits = _model(folder)(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
     table = torch.log_softmax(logits / temperature, dim=-1)
-    return [float(table[i, token]) for i, token in enumerate(completion.token_ids)]
+    return table.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def _error(found: list[float], expected: Tensor) -> float:
+    return float((torch.tensor(found) - expected).abs().mean())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_logprobs_are_those_of_the_tempered_distribution(
     none_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, temperature: float
 ) -> None:
@@ -46,20 +62,17 @@ def test_logprobs_are_those_of_the_tempered_distribution(
     prompt = none_engine.encode(PROMPT)
     for completion in loop.run(none_engine.generate("r", prompt, 4, sampling, 0)):
         expected = _logprobs(checkpoints.first, completion, prompt, temperature)
-        assert completion.logprobs == pytest.approx(expected, abs=0.15)
+        assert _error(completion.logprobs, expected) < 0.05
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=0.5)
+        assert _error(completion.logprobs, _logprobs(checkpoints.first, completion, prompt, 3 - temperature)) > 0.1
 
 
 def test_int8_logprobs_are_near_those_of_the_full_weights(
     int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints
 ) -> None:
     prompt = int8_engine.encode(PROMPT)
-    found, expected = [], []
     for completion in loop.run(int8_engine.generate("r", prompt, 4, Sampling(max_tokens=40, seed=5), 0)):
-        found += completion.logprobs
-        expected += _logprobs(checkpoints.first, completion, prompt, 1.0)
-    error = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    assert sum(error) / len(error) < 0.1
-    assert found != pytest.approx(expected, abs=1e-3)
+        assert 1e-4 < _error(completion.logprobs, _logprobs(checkpoints.first, completion, prompt, 1.0)) < 0.2
 
 
 def test_the_end_token_is_reported_and_not_shown(int8_engine: Engine, loop: LoopThread) -> None:
@@ -119,70 +132,94 @@ def test_prompts_the_model_cannot_take(int8_engine: Engine, loop: LoopThread, pr
     assert int8_engine.is_alive
 
 
+def test_a_temperature_that_vllm_does_not_take(int8_engine: Engine, loop: LoopThread) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        loop.run(int8_engine.generate("r", [1], 1, Sampling(temperature=2.5), 0))
+
+
 def test_facts_and_text(int8_engine: Engine) -> None:
     info = int8_engine.info
     assert (info.quantization, info.vocab_size, info.max_model_len) == ("int8", 512, 320)
     assert info.model == str(ROOT / "examples" / "tiny_arith" / "model")
     assert len(info.tokenizer_hash) == 32
-    chat = int8_engine.encode([{"role": "user", "content": PROMPT}])
-    assert len(chat) > len(int8_engine.encode(PROMPT))
+    assert int8_engine.encode("7") == int8_engine.encode("7")[-1:]
+    with pytest.raises(ValueError, match="chat_template"):  # this model is none for chats
+        int8_engine.encode([{"role": "user", "content": PROMPT}])
 
 
-async def _until(engine: Engine, running: int) -> None:
+@pytest.fixture(scope="module")
+def flat(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose next token is nearly uniform over 512: it seldom ends early, and it is nothing like the others."""
+    tensors = load_file(checkpoints.first / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 0.02
+    return save_like(checkpoints.first, tmp_path_factory.mktemp("flat") / "model", tensors)
+
+
+@asynccontextmanager
+async def _weights(engine: Engine, folder: Path, afterwards: Path) -> AsyncIterator[None]:
+    await load(engine, folder, 30)
+    try:
+        yield
+    finally:
+        await load(engine, afterwards, 50)
+
+
+async def _running(engine: Engine, count: int, task: asyncio.Task[list[EngineCompletion]]) -> None:
+    """Return once `count` sequences of `task` are running."""
     deadline = time.monotonic() + TIMEOUT_S
-    while (await engine.stats()).running != running:
+    while (await engine.stats()).running != count:
         assert time.monotonic() < deadline
+        assert task.cancelled() or not task.done()
         await asyncio.sleep(0.005)
 
 
-def test_cancelling_frees_the_sequences(int8_engine: Engine, loop: LoopThread) -> None:
+def test_cancelling_frees_the_sequences(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, flat: Path
+) -> None:
     async def cancel() -> None:
-        task = asyncio.create_task(int8_engine.generate("r", PROMPTS[1], 6, WILD, 0))
-        await _until(int8_engine, 6)
-        task.cancel()
-        await asyncio.wait({task})
-        assert task.cancelled()
-        await _until(int8_engine, 0)
+        async with _weights(int8_engine, flat, checkpoints.first):
+            task = asyncio.create_task(int8_engine.generate("r", PROMPTS[1], 6, LONG, 0))
+            await _running(int8_engine, 6, task)
+            task.cancel()
+            await asyncio.wait({task})
+            await _running(int8_engine, 0, task)
 
     loop.run(cancel())
 
 
-def test_draining_past_its_deadline_goes_on(int8_engine: Engine, loop: LoopThread) -> None:
+def test_draining_past_its_deadline_goes_on(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, flat: Path
+) -> None:
     async def drain() -> list[EngineCompletion]:
-        task = asyncio.create_task(int8_engine.generate("r", PROMPTS[1], 4, WILD, 0))
-        await _until(int8_engine, 4)
-        with pytest.raises(TimeoutError, match=r"still running after 0\.05 s"):
-            await int8_engine.pause("drain", 0.05)
-        found = await task
-        await int8_engine.pause("drain", 30)
-        await int8_engine.resume()
-        return found
+        async with _weights(int8_engine, flat, checkpoints.first):
+            task = asyncio.create_task(int8_engine.generate("r", PROMPTS[1], 4, LONG, 0))
+            await _running(int8_engine, 4, task)
+            with pytest.raises(TimeoutError, match=r"still running after 0\.05 s"):
+                await int8_engine.pause("drain", 0.05)
+            found = await task
+            await int8_engine.pause("drain", 30)
+            await int8_engine.resume()
+            return found
 
-    assert all(completion.token_ids for completion in loop.run(drain()))
+    assert max(len(completion.token_ids) for completion in loop.run(drain())) > 100
 
 
 def test_every_token_belongs_to_the_weights_that_drew_it(
-    none_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
+    none_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, flat: Path, tmp_path: Path
 ) -> None:
-    """Freeze running sequences, replace the weights, go on: the log-probs on both sides of each boundary tell."""
+    """Freeze running sequences, replace the weights, go on: the log-probs on both sides of a boundary tell."""
 
     async def update_under_way() -> list[EngineCompletion]:
         layout = await none_engine.layout()
-        old, new = (stored_state.read_parts(folder, layout) for folder in (checkpoints.first, checkpoints.third))
-        sampling = Sampling(temperature=3.0, max_tokens=250, seed=2)
-        task = asyncio.create_task(none_engine.generate("r", PROMPTS[1], 8, sampling, 0))
-        await _until(none_engine, 8)
-        await asyncio.sleep(0.3)  # some tokens under the old weights; how many does not matter
-        await none_engine.pause("keep", 30)
-        await none_engine.apply(delta(layout, old, new, tmp_path / "staged"))
-        await none_engine.keep(20)
-        await none_engine.resume()
-        found = await task
-        await none_engine.pause("keep", 30)
-        await none_engine.load_checkpoint(checkpoints.first)
-        await none_engine.keep(21)
-        await none_engine.resume()
-        return found
+        old, new = (stored_state.read_parts(folder, layout) for folder in (flat, checkpoints.third))
+        async with _weights(none_engine, flat, checkpoints.first):
+            task = asyncio.create_task(none_engine.generate("r", PROMPTS[1], 8, LONG, 0))
+            await _running(none_engine, 8, task)
+            await none_engine.pause("keep", 30)
+            await none_engine.apply(delta(layout, old, new, tmp_path / "staged"))
+            await none_engine.keep(40)
+            await none_engine.resume()
+            return await task
 
     found = loop.run(update_under_way())
     assert all(spans_cover(completion) for completion in found)
@@ -190,9 +227,10 @@ def test_every_token_belongs_to_the_weights_that_drew_it(
     assert crossed
     for completion in crossed:
         (_, _, boundary), (version, _, _) = completion.weight_versions
-        assert version == 20
-        before = _logprobs(checkpoints.first, completion, PROMPTS[1], 3.0)
-        after = _logprobs(checkpoints.third, completion, PROMPTS[1], 3.0)
-        assert completion.logprobs[:boundary] == pytest.approx(before[:boundary], abs=0.15)
-        assert completion.logprobs[boundary:] == pytest.approx(after[boundary:], abs=0.15)
-        assert completion.logprobs[boundary:] != pytest.approx(before[boundary:], abs=0.15)
+        assert version == 40
+        before = _logprobs(flat, completion, PROMPTS[1], 2.0)
+        after = _logprobs(checkpoints.third, completion, PROMPTS[1], 2.0)
+        assert completion.logprobs[:boundary] == pytest.approx(before[:boundary].tolist(), abs=0.1)
+        assert completion.logprobs[boundary:] == pytest.approx(after[boundary:].tolist(), abs=0.5)
+        assert _error(completion.logprobs[:boundary], after[:boundary]) > 0.5
+        assert _error(completion.logprobs[boundary:], before[boundary:]) > 0.5

@@ -13,6 +13,7 @@ from tests.helpers.real_engine import (
     LoopThread,
     delta,
     greedy,
+    load,
     save_like,
     walk,
 )
@@ -31,14 +32,6 @@ def _engine(request: pytest.FixtureRequest, quantization: str) -> Engine:
     return engine
 
 
-async def _load(engine: Engine, folder: Path, version: int) -> dict[str, PartDigest]:
-    await engine.pause("keep", 30)
-    shifts = await engine.load_checkpoint(folder)
-    await engine.keep(version)
-    await engine.resume()
-    return shifts
-
-
 @pytest.mark.parametrize("quantization", ["int8", "none"])
 def test_deltas_lead_where_a_fresh_start_does(
     request: pytest.FixtureRequest,
@@ -51,7 +44,7 @@ def test_deltas_lead_where_a_fresh_start_does(
     engine = _engine(request, quantization)
     folders = [checkpoints.first, checkpoints.second, checkpoints.third]
     first, second, third = loop.run(walk(engine, folders, tmp_path))
-    loop.run(_load(engine, checkpoints.first, 3))
+    loop.run(load(engine, checkpoints.first, 3))
     assert [first["digests_agree"], second["digests_agree"], third["digests_agree"]] == [True] * 3
     assert [[tokens, logprobs] for tokens, logprobs in third["greedy"]] == fresh[quantization]
     tokens = [[found for found, _ in step["greedy"]] for step in (first, second, third)]
@@ -92,7 +85,7 @@ def test_a_checkpoint_of_another_shape_changes_nothing(
     digests = loop.run(int8_engine.digests())
     for folder, message in ((wrong, f"{last} is .* the model's"), (nan, "NaN"), (tmp_path, "neither")):
         with pytest.raises(EngineError, match=message):
-            loop.run(_load(int8_engine, folder, 9))
+            loop.run(load(int8_engine, folder, 9))
         loop.run(int8_engine.resume())
         assert loop.run(int8_engine.digests()) == digests
     (completion,) = loop.run(int8_engine.generate("after", PROMPTS[0], 1, GREEDY, 0))
@@ -121,6 +114,6 @@ def test_a_staged_update_that_does_not_fit_is_undone(int8_engine: Engine, loop: 
 
 
 def test_the_same_state_again_shifts_nothing(int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints) -> None:
-    shifts = loop.run(_load(int8_engine, checkpoints.first, 12))
+    shifts = loop.run(load(int8_engine, checkpoints.first, 12))
     assert set(shifts.values()) == {PartDigest()}
     assert shifts.keys() == loop.run(int8_engine.digests()).keys()

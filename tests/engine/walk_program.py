@@ -7,13 +7,14 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.real_engine import MAX_MODEL_LEN, walk
 
 from flashrl_rollout.engine_settings import EngineSettings
 
 
-async def main(quantization: str, stage: Path, folders: list[Path]) -> None:
+async def main(quantization: Any, stage: Path, folders: list[Path]) -> None:
     """Walk, print, wait."""
     from flashrl_rollout.vllm_engine import VllmEngine
 
@@ -23,7 +24,7 @@ async def main(quantization: str, stage: Path, folders: list[Path]) -> None:
         max_model_len=MAX_MODEL_LEN,
         enforce_eager=True,
         kv_cache_gib=0.125,
-        threads=1,  # type: ignore[arg-type]
+        threads=1,
     )
     engine = await VllmEngine.start(settings)
     print(json.dumps(await walk(engine, folders, stage)), flush=True)

@@ -24,6 +24,7 @@ from flashrl_rollout.engine import Engine, EngineCompletion
 from flashrl_rollout.staged import StagedUpdate, write_staged
 from flashrl_rollout.stored_state import Parts
 from flashrl_wire.delta import diff
+from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import Sampling
 
@@ -92,6 +93,15 @@ def delta(layout: WeightLayout, old: Parts, new: Parts, file: Path) -> StagedUpd
     """A staged update from one stored state to another."""
     found = [diff(part.name, old[part.name], new[part.name]) for part in layout.parts()]
     return write_staged(file, [change for change, _ in filter(None, found)])
+
+
+async def load(engine: Engine, folder: Path, version: int) -> dict[str, PartDigest]:
+    """Load a checkpoint as a commit does."""
+    await engine.pause("keep", 30)
+    shifts = await engine.load_checkpoint(folder)
+    await engine.keep(version)
+    await engine.resume()
+    return shifts
 
 
 async def greedy(engine: Engine) -> list[tuple[list[int], list[float]]]:

@@ -1,0 +1,111 @@
+"""Models of several families, cut over two ranks: each rank finds its share, and together they hold every element."""
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.helpers.real_engine import command, environment
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from flashrl_rollout import rank_replies, stored_state
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 301,  # padded by the engine
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+ONE_KEY_HEAD = SIZES | {"num_key_value_heads": 1}  # which both ranks then hold
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ONE_KEY_HEAD, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=301, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random checkpoint of each family, biases and norms included."""
+    torch.manual_seed(0)
+    base = tmp_path_factory.mktemp("families")
+    for name, make in FAMILIES.items():
+        model = make()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        model.to(torch.bfloat16).save_pretrained(base / name)
+    return {name: base / name for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def replies(folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """What each of two ranks found in every model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            command("open_models.py", [rank, "2", port, "flashrl_int8", *map(str, folders.values())]),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [rank.communicate(timeout=280) for rank in ranks]
+    return [json.loads(out.splitlines()[-1]) if out.strip() else pytest.fail(err[-3000:]) for out, err in outputs]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+def test_two_ranks_hold_what_the_checkpoint_says(
+    family: str, folders: dict[str, Path], replies: list[dict[str, Any]]
+) -> None:
+    ranks = [reply[family] for reply in replies]
+    rank_replies.check(ranks)
+    layout = rank_replies.layout(ranks)
+    assert rank_replies.digests(ranks) == stored_state.digests(stored_state.read_parts(folders[family], layout))
+    quantized = [spec.name for spec in layout.tensors if spec.storage == "int8_rows"]
+    assert quantized == sorted(spec.name for spec in layout.tensors if spec.name.endswith("_proj.weight"))
+    assert all(not rank["unused"] for rank in ranks)
+
+
+def test_tied_heads_are_held_once(replies: list[dict[str, Any]]) -> None:
+    heads = {
+        family: any(spec["name"] == "lm_head.weight" for spec in replies[0][family]["tensors"])
+        for family in ("llama", "qwen2", "qwen3")
+    }
+    assert heads == {"llama": True, "qwen2": False, "qwen3": True}
+
+
+def test_a_model_whose_loader_transposes_is_refused_by_name(replies: list[dict[str, Any]]) -> None:
+    assert "transformer.h.0.attn.c_attn.weight" in replies[0]["gpt2"]["error"]
