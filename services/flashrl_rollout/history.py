@@ -12,7 +12,9 @@ from flashrl_wire.messages import CommitReply, LastUpdate
 
 Outcome = CommitReply | WireError
 OnResult = Callable[[str, LastUpdate | None], None]
-"""Gets the code of every ending ("committed", "audit_failed" or an error's), and the update if it was committed."""
+"""Gets the code of every ending ("committed", "aborted", "expired", "audit_failed" or an error's).
+
+And the update, if it was committed."""
 
 _REMEMBERED = 64
 

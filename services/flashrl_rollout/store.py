@@ -26,7 +26,9 @@ from flashrl_rollout.transfer import Transfer
 from flashrl_rollout.weights import Weights, poisoned_error
 from flashrl_wire.errors import (
     ERRORS,
+    BadUpdateError,
     DrainTimeoutError,
+    EngineFailedError,
     TooLargeError,
     UnknownTransferError,
     UpdateInProgressError,
@@ -151,16 +153,17 @@ class WeightStore:
         deadline_s = self._settings.transfer_deadline_s
         await active.quiet(deadline_s)
         active.watch = None
-        self._drop(active, UnknownTransferError(f"dropped: the transfer did not get on for {deadline_s:g} s"))
+        error = UnknownTransferError(f"dropped: the transfer did not get on for {deadline_s:g} s")
+        self._drop(active, error, "expired")
 
-    def _drop(self, active: ActiveTransfer, error: WireError) -> None:
+    def _drop(self, active: ActiveTransfer, error: WireError, result: str = "") -> None:
         """End a transfer without effect; nothing where it has ended already."""
         if self._active is not active:
             return
         logger.warning("transfer %s of run %s ended: %s", active.id, active.transfer.manifest.run_id, error)
         self._end(active, error)
         self._receiver.finish(Failed(active.id, error.code, error.message[:_MESSAGE_CHARACTERS]))
-        self._history.on_result(error.code, None)
+        self._history.on_result(result or error.code, None)
 
     def _end(self, active: ActiveTransfer, outcome: CommitReply | WireError) -> None:
         self._active = None
@@ -232,7 +235,7 @@ class WeightStore:
         active = self._require(transfer_id)
         if active.is_committing:
             raise UpdateInProgressError(f"transfer {transfer_id} is being committed")
-        self._drop(active, UnknownTransferError("aborted"))
+        self._drop(active, UnknownTransferError("aborted"), "aborted")
 
     async def load_checkpoint(self, request: LoadCheckpoint) -> CommitReply:
         """Replace all weights by those of a folder on this machine's disk."""
@@ -247,6 +250,9 @@ class WeightStore:
         began = time.monotonic()
         try:
             pause_ms = await self._weights.replace(lambda: self._engine.load_checkpoint(folder), version, None)
+        except EngineFailedError as error:  # what it was given is the likeliest cause
+            self._history.on_result(BadUpdateError.code, None)
+            raise BadUpdateError(f"{folder.name} was not loaded: {error}") from error
         except WireError as error:
             self._history.on_result(error.code, None)
             raise
@@ -267,6 +273,6 @@ class WeightStore:
         """Drop the transfer under way, and let a write that has begun come to its end."""
         running = [task for task in (self._active and self._active.commit, self._loading, *self._tasks) if task]
         if self._active is not None and not self._active.is_committing:
-            self._drop(self._active, UnknownTransferError("the service is stopping"))
+            self._drop(self._active, UnknownTransferError("the service is stopping"), "aborted")
         if running:
             await asyncio.wait(running, timeout=timeout_s)

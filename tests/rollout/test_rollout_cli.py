@@ -68,12 +68,12 @@ class Running:
 
 
 @pytest.fixture
-def start() -> Iterator[Any]:
+def start(tmp_path: Path) -> Iterator[Any]:
     """Starts scripted services and ends them with the test."""
     started: list[Running] = []
 
     def begin(options: dict[str, Any] | None = None, **variables: str) -> Running:
-        started.append(Running(options or {}, **variables))
+        started.append(Running(options or {}, **{"FLASHRL_ROLLOUT_STAGE_ROOT": str(tmp_path)} | variables))
         return started[-1]
 
     yield begin
@@ -163,7 +163,7 @@ def test_program_is_installed_and_names_its_commands_without_loading_torch() -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_running_requests_and_exits_with_0(start: Any, number: signal.Signals, tmp_path: Path) -> None:
-    running = start({"token_s": 0.05}, FLASHRL_ROLLOUT_STAGE_ROOT=str(tmp_path))
+    running = start({"token_s": 0.05})
     body = {"prompts": ["hi"], "sampling": {"max_tokens": 20, "seed": 1}}
     with httpx.Client(base_url=running.url(), timeout=TIMEOUT_S) as http, ThreadPoolExecutor() as pool:
         waiting = pool.submit(http.post, "/generate", json=body)

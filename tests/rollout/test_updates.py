@@ -74,6 +74,7 @@ async def test_abort_can_be_repeated_and_changes_nothing(rig: Rig) -> None:
     assert len(rig.staged_files()) == 1
     assert [(await rig.trainer.abort(transfer_id)).status_code for _ in range(2)] == [200, 200]
     assert rig.staged_files() == []
+    assert 'flashrl_updates_total{result="aborted"} 1.0' in (await rig.http.get("/metrics")).text
     reply = await rig.trainer.commit(transfer_id)
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "unknown_transfer")
     assert await rig.weights() == before | {"run_id": "run-a"}
