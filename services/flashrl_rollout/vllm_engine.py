@@ -234,6 +234,8 @@ def _launch(settings: EngineSettings, folder: Path, gauges: Gauges) -> AsyncLLM:
         kv_cache_memory_bytes=int(settings.kv_cache_gib * (1 << 30)) if is_cpu else None,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=True,
+        # on the CPU vLLM 0.32 dies of a prefill cut in two when the request has a seed: it rewinds the generator
+        enable_chunked_prefill=False if is_cpu else None,
         logprobs_mode="processed_logprobs",
         seed=settings.seed,
         worker_extension_cls=_WORKER,
