@@ -121,6 +121,8 @@ class Weights:
         self.poisoned = True  # until this write is known to be whole or undone; a cancelled one is neither
         try:
             shifts = await self._limited(write())
+        except EngineDeadError:
+            raise  # what is left of it must not sample: nobody knows from which weights
         except EngineError:
             self.poisoned = was_poisoned
             raise

@@ -7,6 +7,8 @@ import pytest
 from tests.helpers.rig import Rig, running
 
 from flashrl_rollout import stored_state
+from flashrl_rollout.engine import EngineDeadError
+from flashrl_wire.digest import PartDigest
 from flashrl_wire.frames import Staged
 
 pytestmark = pytest.mark.anyio
@@ -190,6 +192,21 @@ async def test_dead_engine_is_said_and_not_served(rig: Rig) -> None:
     ):
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
     assert (await rig.http.get("/health")).status_code == 200
+
+
+async def test_engine_that_dies_in_a_write_is_never_resumed(rig: Rig) -> None:
+    resumed: list[bool] = []
+
+    async def lost(update: object) -> dict[str, PartDigest]:
+        raise EngineDeadError("the old weights could not be put back")
+
+    async def resume() -> None:
+        resumed.append(True)
+
+    rig.engine.apply, rig.engine.resume = lost, resume  # type: ignore[method-assign]
+    reply = await rig.trainer.publish(rig.delta())
+    assert (reply.status_code, reply.json()["error"]["poisoned"]) == (503, True)
+    assert resumed == []
 
 
 async def test_transfer_in_flight_is_dropped_at_a_stop(rig: Rig) -> None:
