@@ -1,0 +1,85 @@
+"""The stored form and its digest have the same bits on CUDA as on the CPU; packed attention and log-probs agree."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from flashrl_trainer.attention import packed_attention
+from flashrl_trainer.logprobs import token_logprobs
+from flashrl_wire.delta import diff, equal_bits
+from flashrl_wire.digest import digest_at, digest_range
+from flashrl_wire.quantize import RowStorage, quantize_rows
+from torch import Tensor, nn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def awkward_matrix(rows: int, columns: int) -> Tensor:
+    """Random rows over twelve decades, and rows of zeros, subnormals and the largest bf16."""
+    generator = torch.Generator().manual_seed(rows)
+    scale = 10.0 ** torch.linspace(-6, 6, rows)[:, None]
+    weight = torch.randn(rows, columns, generator=generator) * scale
+    weight[0], weight[1], weight[2] = 0.0, 9.2e-41, 3.3e38
+    weight[3] = -0.0
+    return weight.bfloat16()
+
+
+@pytest.mark.parametrize("storage", ["int8_rows", "fp8_rows"])
+def test_quantized_bits_are_those_of_the_cpu(storage: RowStorage) -> None:
+    weight = awkward_matrix(3000, 1111)
+    on_cpu, on_cuda = quantize_rows(weight, storage), quantize_rows(weight.cuda(), storage)
+    for left, right in zip(on_cpu, on_cuda, strict=True):
+        assert equal_bits(left, right.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_digests_and_diffs_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    old = awkward_matrix(999, 501).float().clamp(-100, 100).to(dtype)
+    new = old.clone()
+    new.view(torch.uint8).view(-1)[::977] += 1
+    assert digest_range(old, 12345) == digest_range(old.cuda(), 12345)
+    where = torch.arange(0, old.numel(), 7)
+    assert digest_at(where, old.view(-1)[where]) == digest_at(where.cuda(), old.view(-1)[where].cuda())
+    on_cpu, on_cuda = diff("w", old, new, 11), diff("w", old.cuda(), new.cuda(), 11)
+    assert on_cpu is not None
+    assert on_cuda is not None
+    assert on_cpu[1] == on_cuda[1]
+    assert on_cpu[0].indices is not None
+    assert on_cuda[0].indices is not None
+    assert torch.equal(on_cpu[0].indices, on_cuda[0].indices.cpu())
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_attention_with_gradients_agrees_with_fp32_on_the_cpu(window: int | None) -> None:
+    torch.manual_seed(7)
+    bounds = torch.tensor([0, 5, 100, 101, 333], dtype=torch.int32)
+    states = [torch.randn(1, heads, 333, 64) for heads in (14, 2, 2)]
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        inputs = [s.detach().clone().to(device, dtype).requires_grad_() for s in states]
+        out, _ = packed_attention(
+            nn.Identity(), *inputs, None, cu_seq_lens_q=bounds.to(device), max_length_q=232, sliding_window=window
+        )
+        out.float().square().sum().backward()
+        results.append([out, *(i.grad for i in inputs)])
+    for expected, found in zip(*results, strict=True):
+        error = (found.cpu().float() - expected).norm() / expected.norm()
+        assert error < 1e-2
+    assert all(end > start for start, end in pairwise(bounds.tolist()))
+
+
+def test_chunked_log_probs_in_bf16_are_close_to_fp32() -> None:
+    torch.manual_seed(8)
+    hidden, head = torch.randn(300, 256).bfloat16(), torch.randn(5000, 256).bfloat16() * 0.1
+    targets = torch.randint(0, 5000, (300,))
+    exact = torch.log_softmax(hidden.double() @ head.double().t(), dim=1).gather(1, targets[:, None]).squeeze(1)
+    inputs = [hidden.cuda().requires_grad_(), head.cuda().requires_grad_()]
+    found, _ = token_logprobs(inputs[0], inputs[1], targets.cuda(), 1.0, 128)
+    # products of bf16 inputs with fp32 sums: nothing is rounded to bf16 on the way
+    torch.testing.assert_close(found.double().cpu(), exact, atol=2e-4, rtol=0)
+    found.sum().backward()
+    assert inputs[1].grad is not None
+    assert inputs[1].grad.dtype == torch.bfloat16
