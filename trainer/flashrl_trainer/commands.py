@@ -36,7 +36,10 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
         stack.callback(client.close)
         ranks.on_main(lambda: wait_for(client, config, interrupt))
         policy = assemble.make_policy(config, ranks)
-        sync = assemble.make_sync(config, client, ranks, folder.name[:64], interrupt)
+        run_id = folder.name[:64]
+        sync = assemble.make_sync(config, client, ranks, run_id, interrupt)
+        if ranks.is_main:
+            stack.callback(client.release, run_id)
         writer = stack.enter_context(MetricsWriter(folder, config, active=ranks.is_main))
         loop, updater, store = assemble.make_loop(
             config, ranks, inputs, policy, sync, client, writer, interrupt, folder
@@ -126,6 +129,7 @@ def check_sync(config: TrainerConfig) -> None:
         wait_for(client, config, interrupt)
         policy = assemble.make_policy(config, ranks)
         sync = assemble.make_sync(config, client, ranks, "check-sync", interrupt)
+        stack.callback(client.release, "check-sync")
         sync.connect(policy, assemble.identity(config, inputs.tokenizer, policy), 0, fresh=False)
         prompts = inputs.prompts.next(CHECK_PROMPTS)
         collector = assemble.make_collector(config, client, inputs.reward)

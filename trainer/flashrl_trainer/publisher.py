@@ -146,22 +146,28 @@ class _Stream:
 
     def run(self) -> None:
         """Send until all is staged; WireError if the service refuses, ServiceUnreachableError if it is silent."""
-        last_heard = last_hello = time.monotonic()
+        got_on = last_hello = time.monotonic()
         self._socket.send(frames.pack(Hello(self._id)))
         while True:
             if self._socket.poll(200):
-                last_heard = time.monotonic()
-                if self._take(frames.unpack(self._socket.recv())):
+                frame = frames.unpack(self._socket.recv())
+                if self._take(frame):
                     return
+                if frame != Credit(self._id, 0, -1):  # the answer to a repeated hello is no progress
+                    got_on = time.monotonic()
             now = time.monotonic()
-            if now - last_heard > self._deadline_s:
-                raise ServiceUnreachableError(f"no word about transfer {self._id} for {self._deadline_s:g} s")
-            if now - max(last_heard, last_hello) > _HELLO_EVERY_S:
+            if now - got_on > self._deadline_s:
+                raise ServiceUnreachableError(f"transfer {self._id} did not get on for {self._deadline_s:g} s")
+            if now - max(got_on, last_hello) > _HELLO_EVERY_S:
                 self._socket.send(frames.pack(Hello(self._id)))
                 last_hello = now
 
     def _take(self, frame: frames.Frame) -> bool:
         match frame:
+            case Credit(num_bytes=window, index=-1) if window:
+                # a new connection: what was in flight is lost, and acknowledgements of what is there follow
+                self._credit = window
+                self._queue = deque(i for i in range(len(self._payloads)) if i not in self._acknowledged)
             case Credit(num_bytes=num_bytes, index=index):
                 self._credit += num_bytes
                 if index >= 0 and index not in self._acknowledged:

@@ -6,6 +6,7 @@ Knows the routes and what may be repeated; knows nothing of rewards, weights' va
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -39,7 +40,9 @@ class RolloutClient:
 
     def __init__(self, url: str, token: str | None, *, request_timeout_s: float, retry_s: float = 60.0) -> None:
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = {"Content-Type": "application/json"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
         self._request_timeout_s, self._retry_s = request_timeout_s, retry_s
         self._http = httpx.Client(base_url=self.url, headers=self._headers, timeout=CONTROL_TIMEOUT_S)
 
@@ -94,6 +97,11 @@ class RolloutClient:
     def abort(self, transfer_id: str) -> None:
         """Drop a transfer; may be repeated."""
         self._call("DELETE", f"/load_weights/{transfer_id}", timeout=5.0, retry_s=0.0)
+
+    def release(self, run_id: str) -> None:
+        """Let another trainer be followed; best effort, since the service forgets an idle one by itself."""
+        with suppress(WireError, ServiceUnreachableError):
+            self._call("DELETE", f"/runs/{run_id}", timeout=5.0, retry_s=0.0)
 
     def load_checkpoint(self, path: str, version: int, timeout_s: float) -> CommitReply:
         """Have the service read a folder on its own disk."""
