@@ -55,8 +55,8 @@ def _device(config: TrainerConfig) -> str:
         raise MissingError("model.device is cuda and there is no CUDA device")
     if config.model.device == "cpu" or not torch.cuda.is_available():
         return f"CPU, {torch.get_num_threads()} threads"
-    free, total = torch.cuda.mem_get_info()
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info())
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
 
 
 def _memory(config: TrainerConfig) -> str:

@@ -1,0 +1,93 @@
+"""A rollout service as a process of a benchmark's own: started, awaited, asked, stopped.
+
+Knows the command line and three routes; knows nothing of what is measured.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_DEADLINE_S = 900.0
+STOP_DEADLINE_S = 60.0
+
+
+class ServiceProcess:
+    """A running service; `url` is where it answers."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._http = httpx.Client(base_url=url, timeout=600.0)
+
+    def weights(self) -> dict[str, Any]:
+        """`GET /weights`."""
+        return self._json("GET", "/weights")
+
+    def generate(self, **body: Any) -> dict[str, Any]:
+        """`POST /generate`."""
+        return self._json("POST", "/generate", json=body)
+
+    def greedy(self, prompts: Sequence[str], max_tokens: int) -> list[tuple[list[int], list[float]]]:
+        """Token ids and log-probs, one prompt after another, so that no batch can change a last bit."""
+        sampling = {"temperature": 0.0, "max_tokens": max_tokens}
+        replies = [self.generate(prompts=[prompt], sampling=sampling) for prompt in prompts]
+        found = [reply["results"][0]["completions"][0] for reply in replies]
+        return [(completion["token_ids"], completion["logprobs"]) for completion in found]
+
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        reply = self._http.request(method, path, **options)
+        reply.raise_for_status()
+        body: dict[str, Any] = reply.json()
+        return body
+
+
+@contextmanager
+def service(model: str, quantization: str, log: Path, *flags: str) -> Iterator[ServiceProcess]:
+    """A service on free ports, ready; RuntimeError with its log's end if it does not get ready."""
+    http_port, weights_port = _free_port(), _free_port()
+    command = [sys.executable, "-m", "flashrl_rollout", "serve", "--model", model, "--quantization", quantization]
+    command += ["--port", str(http_port), "--weights-port", str(weights_port), *flags]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        try:
+            running = ServiceProcess(f"http://127.0.0.1:{http_port}")
+            _wait_ready(running.url, process, log)
+            yield running
+        finally:
+            _stop(process)
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_DEADLINE_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError(f"the service did not get ready; the end of its log:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
