@@ -1,9 +1,9 @@
 """Are the weights after real deltas those of a fresh start, bit for bit, and is the output?
 
-    python benchmarks/bit_identity.py [--quantization int8 fp8 none] [--steps 5] [--json FILE] [--serve "FLAG ..."] [--set K=V]
+    python benchmarks/bit_identity.py [--quantization int8 fp8 none] [--steps 5] [--json FILE]
 
-For each precision: a service from the recipe's model, `--steps` of training with deltas, greedy tokens and log-probs of 64
-held-out prompts before and after; then a second service from the exported checkpoint, and the same prompts again.
+For each precision: a service from the recipe's model, `--steps` of training with deltas, greedy tokens and log-probs of
+64 held-out prompts before and after; then a second service from the exported checkpoint, and the same prompts again.
 """
 
 import argparse
