@@ -16,8 +16,8 @@ from torch import Tensor
 from flashrl_wire.layout import PartSpec
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-# CPU: fits the second-level cache, and torch splits nothing so small over threads, whose barriers took 40 times the work
-# on busy cores; CUDA: bounds scratch memory to 400 MiB
+# CPU: fits the second-level cache, and is too small for torch to split over threads, whose barriers took 40 times as
+# long as the work on busy cores; CUDA: bounds scratch memory to 400 MiB
 _BLOCK_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 24}
 _U64 = (1 << 64) - 1
 

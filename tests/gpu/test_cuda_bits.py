@@ -4,12 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from flashrl_trainer.attention import packed_attention
 from flashrl_trainer.logprobs import token_logprobs
 from flashrl_wire.delta import diff, equal_bits
 from flashrl_wire.digest import digest_at, digest_range
 from flashrl_wire.quantize import RowStorage, quantize_rows
-from torch import Tensor, nn
 
 pytestmark = [
     pytest.mark.gpu,

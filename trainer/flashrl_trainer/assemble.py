@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zmq
 from transformers import AutoTokenizer
 
 from flashrl_trainer.checkpoint import CheckpointStore
@@ -116,9 +115,7 @@ def make_sync(
 ) -> WeightSync:
     """The way to the service's weights."""
     keys = load_curve_keys(Path(config.rollout.keys_dir)) if config.rollout.keys_dir else None
-    publisher = Publisher(
-        client, run_id, deadline_s=config.sync.transfer_deadline_s, keys=keys, context=zmq.Context.instance()
-    )
+    publisher = Publisher(client, run_id, deadline_s=config.sync.transfer_deadline_s, keys=keys)
     return WeightSync(
         client,
         publisher,

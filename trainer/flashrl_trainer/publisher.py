@@ -45,17 +45,8 @@ class Sent:
 class Publisher:
     """Pushes updates into one replica. `run_id` names this trainer to the service."""
 
-    def __init__(
-        self,
-        client: RolloutClient,
-        run_id: str,
-        *,
-        deadline_s: float,
-        keys: CurveKeys | None,
-        context: zmq.Context[zmq.Socket[bytes]],
-    ) -> None:
-        self._client, self._run_id, self._deadline_s = client, run_id, deadline_s
-        self._keys, self._context = keys, context
+    def __init__(self, client: RolloutClient, run_id: str, *, deadline_s: float, keys: CurveKeys | None) -> None:
+        self._client, self._run_id, self._deadline_s, self._keys = client, run_id, deadline_s, keys
 
     def publish(
         self, update: EncodedUpdate, baseline: Baseline, version: int, on_bytes: Callable[[int], None] = lambda _: None
@@ -108,7 +99,7 @@ class Publisher:
 
     def _stream(self, accepted: TransferAccepted, payloads: list[bytes], on_bytes: Callable[[int], None]) -> None:
         host = urlsplit(self._client.url).hostname
-        socket = self._context.socket(zmq.DEALER)
+        socket = zmq.Context.instance().socket(zmq.DEALER)
         try:
             self._configure(socket)
             socket.connect(f"tcp://{host}:{accepted.weights_port}")
