@@ -156,6 +156,7 @@ def make_loop(
         config.sampling.max_attempts,
         max(config.algorithm.max_staleness, config.sampling.surplus_max_age),
         keep_surplus=config.sampling.keep_surplus,
+        keep_uniform=not config.sampling.dynamic,
     )
     prompts = inputs.prompts
 

@@ -99,7 +99,7 @@ class Publisher:
 
     def _stream(self, accepted: TransferAccepted, payloads: list[bytes], on_bytes: Callable[[int], None]) -> None:
         host = urlsplit(self._client.url).hostname
-        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         try:
             self._configure(socket)
             socket.connect(f"tcp://{host}:{accepted.weights_port}")
@@ -192,15 +192,22 @@ class _Stream:
 
 
 def load_curve_keys(folder: Path) -> CurveKeys:
-    """The keys that `flashrl-rollout keys` wrote; ValueError for a missing file or one that others may read."""
+    """The keys in the folder `trainer` that `flashrl-rollout keys` wrote; ValueError for what is missing or too open."""
     secret_file, server_file = folder / "trainer.key_secret", folder / "server.key"
     for file in (secret_file, server_file):
         if not file.is_file():
-            raise ValueError(f"rollout.keys_dir: no file {file}")
+            raise ValueError(f"rollout.keys_dir: no file {file}; `flashrl-rollout keys DIR` writes it to DIR/trainer")
     if secret_file.stat().st_mode & 0o077:
         raise ValueError(f"rollout.keys_dir: {secret_file} is readable by others; run chmod 600 on it")
-    public, secret = zmq.auth.load_certificate(secret_file)
-    server, _ = zmq.auth.load_certificate(server_file)
+    public, secret = _load_keys(secret_file)
+    server, _ = _load_keys(server_file)
     if secret is None:
         raise ValueError(f"rollout.keys_dir: {secret_file} holds no secret key")
     return CurveKeys(public, secret, server)
+
+
+def _load_keys(file: Path) -> tuple[bytes, bytes | None]:
+    try:
+        return zmq.auth.load_certificate(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"rollout.keys_dir: {file}: {error}") from error

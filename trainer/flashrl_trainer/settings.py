@@ -118,6 +118,9 @@ class SamplingSettings(Section):
     min_p: float = Field(0.0, description="Must be 0")
     max_tokens: int = Field(1024, ge=1, description="Limit of a response")
     max_attempts: int = Field(30, ge=1, description="Rounds of sampling before a step goes on with what it has")
+    dynamic: bool = Field(
+        True, description="Learn from groups of unequal rewards only, and sample until there are enough; false: GRPO"
+    )
     keep_surplus: bool = Field(True, description="Carry groups beyond `prompts_per_step` into the next step")
     surplus_max_age: int = Field(
         1, ge=0, description="Weight versions a carried group may lag behind; the importance weights correct for it"
