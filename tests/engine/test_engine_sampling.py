@@ -215,6 +215,7 @@ def test_every_token_belongs_to_the_weights_that_drew_it(
         async with _weights(none_engine, flat, checkpoints.first):
             task = asyncio.create_task(none_engine.generate("r", PROMPTS[1], 8, LONG, 0))
             await _running(none_engine, 8, task)
+            await none_engine.generate("clock", PROMPTS[2], 1, LONG.model_copy(update={"max_tokens": 30}), 0)
             await none_engine.pause("keep", 30)
             await none_engine.apply(delta(layout, old, new, tmp_path / "staged"))
             await none_engine.keep(40)
@@ -232,5 +233,6 @@ def test_every_token_belongs_to_the_weights_that_drew_it(
         after = _logprobs(checkpoints.third, completion, PROMPTS[1], 2.0)
         assert completion.logprobs[:boundary] == pytest.approx(before[:boundary].tolist(), abs=0.1)
         assert completion.logprobs[boundary:] == pytest.approx(after[boundary:].tolist(), abs=0.5)
+        assert boundary > 20
         assert _error(completion.logprobs[:boundary], after[:boundary]) > 0.5
         assert _error(completion.logprobs[boundary:], before[boundary:]) > 0.5
