@@ -166,7 +166,7 @@ class DynamicSampling:
         return (
             f"no group with unequal rewards in {counts.attempts} attempts (sampling.max_attempts): "
             f"{counts.groups_seen} groups, {counts.groups_stale} too old, {len(counts.rewards)} samples, "
-            f"rewards: {_distribution(counts.rewards)}"
+            f"rewards: {_distribution(counts.rewards)}; look at data.reward and data.prompt_template"
         )
 
 
