@@ -192,7 +192,7 @@ class _Stream:
 
 
 def load_curve_keys(folder: Path) -> CurveKeys:
-    """The keys in the folder `trainer` that `flashrl-rollout keys` wrote; ValueError for what is missing or too open."""
+    """The keys in the folder `trainer` of `flashrl-rollout keys`; ValueError for what is missing or too open."""
     secret_file, server_file = folder / "trainer.key_secret", folder / "server.key"
     for file in (secret_file, server_file):
         if not file.is_file():
