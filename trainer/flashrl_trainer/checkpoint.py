@@ -6,7 +6,8 @@ Written aside and renamed, so that a checkpoint is there whole or not at all. Kn
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,7 +46,8 @@ class CheckpointStore:
             aside.mkdir(parents=True)
         dist.barrier()
         model_state, optim_state = get_state_dict(policy, optimizer)
-        state_dict_saver.save({"model": model_state, "optimizer": optim_state}, checkpoint_id=aside)
+        with _failing_as(OSError, f"checkpoint {target} was not written"):
+            state_dict_saver.save({"model": model_state, "optimizer": optim_state}, checkpoint_id=aside)
         dist.barrier()
         if self._ranks.is_main:
             sizes = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
@@ -64,30 +67,47 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; truncated ones are passed over."""
-        for folder in sorted(self._all(), reverse=True):
+        for folder in reversed(self._all()):
             if _is_whole(folder):
                 return folder
         return None
 
     def load(self, folder: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-        """Restore weights and optimizer in place; the trainer's own state. ValueError for a damaged folder."""
+        """Restore weights and optimizer in place; the trainer's own state.
+
+        ValueError for a folder that is damaged, or holds another model.
+        """
         if not _is_whole(folder):
             raise ValueError(f"checkpoint {folder} is damaged or incomplete")
         model_state, optim_state = get_state_dict(policy, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optim_state}
-        state_dict_loader.load(state, checkpoint_id=folder)
+        with _failing_as(ValueError, f"checkpoint {folder} does not fit the model"):
+            state_dict_loader.load(state, checkpoint_id=folder)
         set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         restored: dict[str, Any] = json.loads((folder / _STATE).read_text())["state"]
         return restored
 
     def _all(self) -> list[Path]:
+        """By step, the oldest first."""
         if not self._folder.is_dir():
             return []
-        return [path for path in self._folder.iterdir() if _NAME.match(path.name)]
+        found = {int(match[1]): path for path in self._folder.iterdir() if (match := _NAME.match(path.name))}
+        return [found[step] for step in sorted(found)]
 
     def _prune(self) -> None:
-        for folder in sorted(self._all())[: -self._keep]:
+        whole = [folder for folder in self._all() if _is_whole(folder)]  # a damaged one is no reason to delete another
+        for folder in whole[: -self._keep]:
             shutil.rmtree(folder)
+
+
+@contextmanager
+def _failing_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """CheckpointException is no Exception, and has every rank's traceback for its text."""
+    try:
+        yield
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise kind(f"{what}: {' '.join(str(reason).split())}") from error
 
 
 def _is_whole(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import typer
 
 from flashrl_trainer.config import load_config
 from flashrl_trainer.settings import TrainerConfig
+from flashrl_wire.errors import WireError
 
 app = typer.Typer(
     help="Train a language model with DAPO, sampling from a quantized copy of it in a rollout service.",
@@ -119,15 +120,10 @@ def main() -> None:
         _fail("stopped", 130)
     except ValueError as error:
         _fail(f"error: {error}", 2)
-    except (RuntimeError, OSError, Exception) as error:
-        from flashrl_wire.errors import WireError
-
-        if not isinstance(error, WireError | RuntimeError | OSError):
-            raise
+    except (WireError, RuntimeError, OSError) as error:
         _fail(f"error: {error}", 1)
 
 
 def _fail(line: str, code: int) -> None:
-    print(line.strip(), file=sys.stderr)
-    # other threads (wandb, ZeroMQ) must not hold up the exit
+    print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)

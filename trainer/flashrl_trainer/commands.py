@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flashrl_trainer import assemble
-from flashrl_trainer.checkpoint import export
+from flashrl_trainer.checkpoint import CheckpointStore, export
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
 from flashrl_trainer.interrupt import Interrupt, ignore_signals
 from flashrl_trainer.metrics import MetricsWriter
@@ -45,11 +45,8 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
             config, ranks, inputs, policy, sync, client, writer, interrupt, folder
         )
         version = 0
-        latest = store.latest() if resuming else None
-        if latest is not None:
-            state = store.load(latest, policy, updater.optimizer)
-            loop.load_state_dict(state)
-            version = state["weight_version"]
+        if resuming:
+            version = loop.load_state_dict(store.load(_latest(store, folder), policy, updater.optimizer))
         sync.connect(policy, assemble.identity(config, inputs.tokenizer, policy), version, fresh=not resuming)
         writer.begin(loop.step)
         loop.run()
@@ -59,6 +56,13 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
             from flashrl_trainer.report import write_report  # matplotlib takes seconds, and only here
 
             writer.note(f"report: {write_report([folder])}")
+
+
+def _latest(store: CheckpointStore, folder: Path) -> Path:
+    latest = store.latest()
+    if latest is None:
+        raise ValueError(f"--resume: {folder} holds no whole checkpoint")
+    return latest
 
 
 def _start(config: TrainerConfig, stack: ExitStack) -> tuple[Ranks, Interrupt]:

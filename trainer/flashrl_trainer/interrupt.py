@@ -3,18 +3,27 @@
 Knows nothing of what is interrupted.
 """
 
+import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+ECHO_S = 2.0  # torchrun passes a terminal's Ctrl-C on, so one key press arrives twice within this time
+
 
 class Interrupt:
-    """Raises KeyboardInterrupt inside `anywhere()`, elsewhere only remembers that it was asked."""
+    """Raises KeyboardInterrupt inside `anywhere()`, elsewhere only remembers that it was asked.
 
-    def __init__(self) -> None:
+    `requested` after the first signal, `insisted` after a second one: then not even a checkpoint may be waited for.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.requested = False
+        self.insisted = False
         self._anywhere = False
+        self._clock, self._first_at = clock, 0.0
 
     def install(self) -> None:
         """Take over SIGINT and SIGTERM of this process's main thread."""
@@ -24,17 +33,24 @@ class Interrupt:
     @contextmanager
     def anywhere(self) -> Iterator[None]:
         """Code that may stop between any two instructions."""
-        if self.requested:
-            raise KeyboardInterrupt
-        self._anywhere = True
         try:
+            self._anywhere = True  # first: a signal after a look at `requested` would be missed
+            if self.requested:
+                raise KeyboardInterrupt
             yield
         finally:
             self._anywhere = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.requested = self.requested, True
-        if self._anywhere or again:
+        now = self._clock()
+        if self.requested:
+            self.insisted = self.insisted or now - self._first_at > ECHO_S
+        else:
+            self.requested, self._first_at = True, now
+            if not self._anywhere:
+                os.write(2, b"stopping after this step; Ctrl-C again stops at once, without it\n")
+        if self._anywhere or self.insisted:
+            self._anywhere = False  # what cleans up after the first one is not to be stopped by its echo
             raise KeyboardInterrupt
 
 

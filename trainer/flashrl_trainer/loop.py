@@ -6,21 +6,26 @@ Everything it uses is passed in. Knows the order of things and nothing of how an
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from flashrl_trainer.checkpoint import CheckpointStore
 from flashrl_trainer.collect import Collector, EvalScores, Progress
 from flashrl_trainer.distributed import Ranks
 from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.model import Policy
+from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_trainer.samples import Prompt
-from flashrl_trainer.sampling import DynamicSampling, SampledStep
+from flashrl_trainer.sampling import DynamicSampling, NoMixedGroupsError, SampledStep
 from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import WeightSync
-from flashrl_wire.errors import VersionNotReachedError
+from flashrl_wire.errors import NotReadyError, VersionNotReachedError, WireError
 
 Row = dict[str, float | None]
+T = TypeVar("T")
+
+STOPS = (KeyboardInterrupt, ServiceUnreachableError, WireError, NoMixedGroupsError)
+"""What ends a run between two movements of the weights, so that it can be gone on with."""
 
 
 class Prompts(Protocol):
@@ -65,47 +70,55 @@ class Loop:
     def __init__(self, parts: Parts) -> None:
         self._p = parts
         self.step = 0
+        self._published = True
         self._boundary: dict[str, Any] = {}
         self._finished = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds beside weights and optimizer, at a boundary between steps."""
+        """What a checkpoint holds beside weights and optimizer, at a boundary between steps.
+
+        `weight_version` and `digest` are the service's; unless `published`, it has yet to get the checkpoint's weights.
+        """
         return {
             "step": self.step,
             "weight_version": self._p.sync.version,
             "digest": self._p.sync.digest,
+            "published": self._published,
             "drawn": self._p.collector.drawn,
             "prompts": self._p.prompts.state_dict(),
             "sampling": self._p.sampling.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a boundary."""
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Go on from a boundary; the weight version that the policy has there, or would have got next."""
         self.step = state["step"]
         self._p.collector.drawn = state["drawn"]
         self._p.prompts.load_state_dict(state["prompts"])
         self._p.sampling.load_state_dict(state["sampling"])
+        return int(state["weight_version"]) + (not state["published"])
 
     def run(self) -> None:
-        """Train to the end; on Ctrl-C save a checkpoint of the last finished step and raise KeyboardInterrupt."""
+        """Train to the end; at one of STOPS save a checkpoint of the last finished step and raise it."""
         self._boundary = self.state_dict()
+        self._finished = self.step > 0 and self._p.is_last(self.step)
         try:
             if self.step == 0 and self._p.config.eval.every:
                 scores = self._evaluate()
                 self._record(scores | {"reward/mean": scores["eval/accuracy"]})
             while not self._finished:
                 self._one()
-        except KeyboardInterrupt:
-            self._save("interrupted")
+        except STOPS:
+            if not self._p.interrupt.insisted:
+                self._save("stopped")
             raise
 
     def _one(self) -> None:
-        row, interrupted = self._train(self.step + 1)
+        row, stop = self._train(self.step + 1)
         is_last = self._p.is_last(self.step)
         every = self._p.config.eval.every
         try:
-            if interrupted:
-                raise KeyboardInterrupt
+            if stop is not None:
+                raise stop
             if every and (is_last or self.step % every == 0):
                 row |= self._evaluate()
         finally:  # the weights have moved, so the step is recorded whatever happens to its evaluation
@@ -114,7 +127,8 @@ class Loop:
         if self._finished or (self._p.config.checkpoint.every and self.step % self._p.config.checkpoint.every == 0):
             self._save("saved")
 
-    def _train(self, step: int) -> tuple[Row, bool]:
+    def _train(self, step: int) -> tuple[Row, BaseException | None]:
+        """The step's row, and what kept the service from getting its weights."""
         start = time.monotonic()
         sampled = self._collect()
         collected = time.monotonic()
@@ -122,11 +136,11 @@ class Loop:
         metrics = totals.metrics(self._p.ranks)
         updated = time.monotonic()
         self.step = step
-        synced = self._publish()
+        synced, stop = self._publish()
         row: Row = {
             **sampled.metrics(),
             **metrics,
-            **(synced or {}),
+            **synced,
             "lr": self._p.updater.learning_rate(step),
             "perf/rollout_tokens_per_s": sampled.counts.response_tokens / (collected - start),
             "perf/train_tokens_per_s": totals.tokens * self._p.ranks.world_size / (updated - collected),
@@ -134,34 +148,44 @@ class Loop:
         }
         if self._p.ranks.is_main:
             self._p.recorder.samples(step, sampled)
-        return row, synced is None
+        return row, stop
 
     def _collect(self) -> SampledStep:
         """One step's groups, the same on every rank."""
         self._p.sampling.begin_step(self._p.sync.version)
+        sampled = self._ask(self._fill)
+        if sampled.missing and self._p.ranks.is_main:
+            self._p.recorder.note(
+                f"step {self.step + 1}: {sampled.missing} of {self._p.config.sampling.prompts_per_step} groups "
+                f"are missing after {sampled.counts.attempts} attempts; going on with the others"
+            )
+        return sampled
+
+    def _fill(self) -> SampledStep:
+        progress = self._p.recorder.phase("sampling")
+        return self._p.collector.fill(self._p.sampling, self._p.prompts.next, self._p.sync.version, progress)
+
+    def _ask(self, sample: Callable[[], T]) -> T:
+        """What rank 0 gets from `sample`, on every rank; a service that has lost the policy is given it again."""
         while True:
-            sampled = self._p.ranks.on_main(self._try_collect)[0]
-            if sampled is not None:
-                if sampled.missing and self._p.ranks.is_main:
-                    self._p.recorder.note(
-                        f"step {self.step + 1}: {sampled.missing} of {self._p.config.sampling.prompts_per_step} groups "
-                        f"are missing after {sampled.counts.attempts} attempts; going on with the others"
-                    )
-                return sampled
+            answer = self._p.ranks.on_main(lambda: self._try(sample))
+            if answer is not None:
+                return answer[0]
             self._p.sync.repair(self._p.policy)
 
-    def _try_collect(self) -> tuple[SampledStep | None]:
-        progress = self._p.recorder.phase("sampling")
+    def _try(self, sample: Callable[[], T]) -> tuple[T] | None:
         try:
             with self._p.interrupt.anywhere():
-                sampled = self._p.collector.fill(self._p.sampling, self._p.prompts.next, self._p.sync.version, progress)
-        except VersionNotReachedError:  # the service was restarted and has its first weights again
-            self._p.recorder.note("the service lost its weights; sending them again")
-            return (None,)
-        return (sampled,)
+                return (sample(),)
+        except (VersionNotReachedError, NotReadyError) as error:
+            # not reached: it was restarted and has its first weights again
+            if isinstance(error, NotReadyError) and not error.facts.get("poisoned"):
+                raise
+        self._p.recorder.note("the service lost its weights; sending them again")
+        return None
 
-    def _publish(self) -> dict[str, float] | None:
-        """`sync/*` metrics; None where Ctrl-C stopped it and the service has kept its weights."""
+    def _publish(self) -> tuple[dict[str, float], BaseException | None]:
+        """`sync/*` metrics, or what stopped it: the service has kept its weights then."""
         progress = self._p.recorder.phase("publishing") if self._p.ranks.is_main else None
         sent = 0
 
@@ -171,13 +195,16 @@ class Loop:
             if progress is not None:
                 progress(sent, 0)
 
+        self._published = False
         try:
-            return self._p.sync.push(self._p.policy, count)
-        except KeyboardInterrupt:
-            return None
+            synced = self._p.sync.push(self._p.policy, count)
+        except STOPS as stop:  # the weights have moved, so the step is recorded and saved before this is raised
+            return {}, stop
+        self._published = True
+        return synced, None
 
     def _evaluate(self) -> Row:
-        scores = self._p.ranks.on_main(self._scores)
+        scores = self._ask(self._scores)
         return {
             "eval/accuracy": scores.accuracy,
             "eval/greedy": scores.greedy,
@@ -186,15 +213,14 @@ class Loop:
 
     def _scores(self) -> EvalScores:
         settings = self._p.config.eval
-        with self._p.interrupt.anywhere():
-            return self._p.collector.evaluate(
-                self._p.eval_prompts,
-                n=settings.samples_per_problem,
-                greedy=settings.greedy,
-                max_tokens=settings.max_tokens or self._p.config.sampling.max_tokens,
-                version=self._p.sync.version,
-                on_progress=self._p.recorder.phase("evaluating"),
-            )
+        return self._p.collector.evaluate(
+            self._p.eval_prompts,
+            n=settings.samples_per_problem,
+            greedy=settings.greedy,
+            max_tokens=settings.max_tokens or self._p.config.sampling.max_tokens,
+            version=self._p.sync.version,
+            on_progress=self._p.recorder.phase("evaluating"),
+        )
 
     def _record(self, row: Row) -> None:
         if self._p.ranks.is_main:

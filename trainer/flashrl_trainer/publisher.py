@@ -16,7 +16,7 @@ import zmq.auth
 from flashrl_trainer.baseline import Baseline, EncodedUpdate
 from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
 from flashrl_wire import frames
-from flashrl_wire.errors import ERRORS, WireError
+from flashrl_wire.errors import ERRORS, UpdateInProgressError, WireError
 from flashrl_wire.frames import ChunkFrame, Credit, Failed, Hello, Resend, Staged
 from flashrl_wire.messages import CommitReply, Manifest, TransferAccepted
 
@@ -46,7 +46,8 @@ class Publisher:
     """Pushes updates into one replica. `run_id` names this trainer to the service."""
 
     def __init__(self, client: RolloutClient, run_id: str, *, deadline_s: float, keys: CurveKeys | None) -> None:
-        self._client, self._run_id, self._deadline_s, self._keys = client, run_id, deadline_s, keys
+        self.run_id = run_id
+        self._client, self._deadline_s, self._keys = client, deadline_s, keys
 
     def publish(
         self, update: EncodedUpdate, baseline: Baseline, version: int, on_bytes: Callable[[int], None] = lambda _: None
@@ -56,7 +57,7 @@ class Publisher:
         info = self._client.weights()
         manifest = Manifest(
             kind="delta" if update.kind == "delta" else "snapshot",
-            run_id=self._run_id,
+            run_id=self.run_id,
             base_version=info.version,
             base_digest=baseline.digest() if update.kind == "delta" else info.digest,
             version=version,
@@ -66,7 +67,7 @@ class Publisher:
             segments=update.segments,
             chunks=update.chunks,
         )
-        accepted = self._client.begin(manifest)
+        accepted = self._begin(manifest)
         try:
             self._stream(accepted, update.payloads, on_bytes)
             reply = self._commit(accepted, manifest)
@@ -74,6 +75,17 @@ class Publisher:
             self._abort(accepted)
             raise
         return Sent(reply, manifest.kind, manifest.wire_bytes, time.monotonic() - start)
+
+    def _begin(self, manifest: Manifest) -> TransferAccepted:
+        try:
+            return self._client.begin(manifest)
+        except UpdateInProgressError as error:
+            left_over = error.facts.get("transfer_id")
+            if left_over is None:
+                raise
+            # of this run: the reply to its begin was lost, or the trainer was killed during it and resumed
+            self._client.abort(str(left_over))
+            return self._client.begin(manifest)
 
     def _commit(self, accepted: TransferAccepted, manifest: Manifest) -> CommitReply:
         try:

@@ -1,20 +1,21 @@
 """The rollout service as the trainer sees it over HTTP: every wait has a limit, every failure names the URL.
 
-Knows the routes and what may be repeated; knows nothing of rewards, weights' values or ZeroMQ.
+Knows the routes; knows nothing of rewards, weights' values, ZeroMQ or when to try again (`retries`).
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import httpx
-from pydantic import TypeAdapter
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
+from pydantic import TypeAdapter, ValidationError
+from tenacity import Retrying
 from tenacity.asyncio import AsyncRetrying
 
-from flashrl_wire.errors import NotReadyError, QueueFullError, UpdateInProgressError, WireError, from_body
+from flashrl_trainer import retries
+from flashrl_wire.errors import NotReadyError, WireError, from_body
 from flashrl_wire.layout import TensorSpec, WeightLayout
 from flashrl_wire.messages import (
     CommitReply,
@@ -29,6 +30,7 @@ from flashrl_wire.messages import (
 CONTROL_TIMEOUT_S = 30.0
 MAX_CONCURRENT_REQUESTS = 64
 _LAYOUT = TypeAdapter(list[TensorSpec])
+T = TypeVar("T")
 
 
 class ServiceUnreachableError(RuntimeError):
@@ -44,14 +46,20 @@ class RolloutClient:
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._request_timeout_s, self._retry_s = request_timeout_s, retry_s
-        self._http = httpx.Client(base_url=self.url, headers=self._headers, timeout=CONTROL_TIMEOUT_S)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=self._headers, timeout=CONTROL_TIMEOUT_S)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"rollout.urls: {url}: {error}") from None
 
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
     def wait_ready(self, deadline_s: float, on_wait: Callable[[str], None]) -> None:
-        """Return once `/ready` says so; ServiceUnreachableError names URL and last answer after the deadline."""
+        """Return once `/ready` says so; ServiceUnreachableError names URL and last answer after the deadline.
+
+        A service with poisoned weights is as ready as it gets without an update.
+        """
         end = time.monotonic() + deadline_s
         while True:
             state = self._ready_state()
@@ -74,39 +82,37 @@ class RolloutClient:
         refusal = from_body(reply.status_code, _json(reply))
         if not isinstance(refusal, NotReadyError):
             raise ServiceUnreachableError(f"rollout service at {self.url}: {refusal}")
-        return refusal.message
+        return None if refusal.facts.get("poisoned") else refusal.message
 
     def weights(self) -> WeightsInfo:
         """Version, digest and what a handshake compares."""
-        return WeightsInfo.model_validate(self._call("GET", "/weights"))
+        return self._call(WeightsInfo.model_validate, "GET", "/weights")
 
     def layout(self) -> WeightLayout:
         """What the service stores how."""
-        return WeightLayout.of(_LAYOUT.validate_python(self._call("GET", "/weights/layout")))
+        return WeightLayout.of(self._call(_LAYOUT.validate_python, "GET", "/weights/layout"))
 
     def begin(self, manifest: Manifest) -> TransferAccepted:
         """Announce a delta or snapshot."""
-        body = manifest.model_dump_json()
-        return TransferAccepted.model_validate(self._call("POST", "/load_weights", content=body))
+        return self._call(TransferAccepted.model_validate, "POST", "/load_weights", content=manifest.model_dump_json())
 
     def commit(self, transfer_id: str, timeout_s: float) -> CommitReply:
         """Commit a staged transfer; may be repeated."""
-        path = f"/load_weights/{transfer_id}/commit"
-        return CommitReply.model_validate(self._call("POST", path, timeout=timeout_s))
+        return self._call(CommitReply.model_validate, "POST", f"/load_weights/{transfer_id}/commit", timeout=timeout_s)
 
     def abort(self, transfer_id: str) -> None:
         """Drop a transfer; may be repeated."""
-        self._call("DELETE", f"/load_weights/{transfer_id}", timeout=5.0, retry_s=0.0)
+        self._call(_anything, "DELETE", f"/load_weights/{transfer_id}", timeout=5.0, retry_s=0.0)
 
     def release(self, run_id: str) -> None:
         """Let another trainer be followed; best effort, since the service forgets an idle one by itself."""
         with suppress(WireError, ServiceUnreachableError):
-            self._call("DELETE", f"/runs/{run_id}", timeout=5.0, retry_s=0.0)
+            self._call(_anything, "DELETE", f"/runs/{run_id}", timeout=5.0, retry_s=0.0)
 
     def load_checkpoint(self, path: str, version: int, timeout_s: float) -> CommitReply:
         """Have the service read a folder on its own disk."""
         body = LoadCheckpoint(kind="checkpoint", path=path, version=version).model_dump_json()
-        return CommitReply.model_validate(self._call("POST", "/load_weights", content=body, timeout=timeout_s))
+        return self._call(CommitReply.model_validate, "POST", "/load_weights", content=body, timeout=timeout_s)
 
     def generate(
         self, requests: Sequence[GenerateRequest], on_done: Callable[[GenerateResponse], None] = lambda _: None
@@ -139,49 +145,32 @@ class RolloutClient:
 
     async def _post_generate(self, http: httpx.AsyncClient, request: GenerateRequest) -> GenerateResponse:
         body = request.model_dump_json()
-        async for attempt in AsyncRetrying(**_policy(self._retry_s), retry_error_callback=self._give_up):
-            with attempt:
-                reply = await http.post("/generate", content=body)
-                return GenerateResponse.model_validate(_checked(reply))
-        raise AssertionError("tenacity either returns or raises")
 
-    def _call(self, method: str, path: str, *, retry_s: float | None = None, **options: Any) -> Any:
-        policy = _policy(self._retry_s if retry_s is None else retry_s)
-        for attempt in Retrying(**policy, retry_error_callback=self._give_up):
-            with attempt:
-                return _checked(self._http.request(method, path, **options))
-        raise AssertionError("tenacity either returns or raises")
+        async def attempt() -> GenerateResponse:
+            return GenerateResponse.model_validate(_checked(await http.post("/generate", content=body)))
 
-    def _give_up(self, state: RetryCallState) -> Any:
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, httpx.HTTPError):
+        with self._naming_failures():
+            return await AsyncRetrying(**retries.policy(self._retry_s))(attempt)
+
+    def _call(
+        self, parse: Callable[[Any], T], method: str, path: str, *, retry_s: float | None = None, **options: Any
+    ) -> T:
+        def attempt() -> T:
+            return parse(_checked(self._http.request(method, path, **options)))
+
+        with self._naming_failures():
+            return Retrying(**retries.policy(self._retry_s if retry_s is None else retry_s))(attempt)
+
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPError as error:
             raise ServiceUnreachableError(f"rollout service at {self.url}: {_describe(error)}") from error
-        assert error is not None
-        raise error
-
-
-def _policy(retry_s: float) -> dict[str, Any]:
-    return {
-        "retry": retry_if_exception(_may_pass),
-        "stop": stop_after_delay(retry_s),
-        "wait": _wait,
-    }
-
-
-_BACKOFF = wait_exponential(multiplier=0.2, max=5.0)
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.facts.get("retry_after_s") if isinstance(error, WireError) else None
-    return float(asked) if isinstance(asked, int | float) else _BACKOFF(state)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed later: a lost connection, a full queue, a service that is starting."""
-    if isinstance(error, httpx.HTTPError):
-        return not isinstance(error, httpx.UnsupportedProtocol | httpx.ReadTimeout)
-    return isinstance(error, NotReadyError | QueueFullError | UpdateInProgressError)
+        except ValidationError as error:
+            raise ServiceUnreachableError(
+                f"{self.url} answers, but not as a rollout service of this version: {_first_problem(error)}"
+            ) from error
 
 
 def _checked(reply: httpx.Response) -> Any:
@@ -189,8 +178,17 @@ def _checked(reply: httpx.Response) -> Any:
         return _json(reply)
     error = from_body(reply.status_code, _json(reply))
     if (asked := reply.headers.get("retry-after", "")).isdigit():
-        error.facts["retry_after_s"] = float(asked)
+        error.facts[retries.RETRY_AFTER_FACT] = float(asked)
     raise error
+
+
+def _anything(body: Any) -> None:
+    """For replies that say nothing."""
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return " ".join(f"{'.'.join(map(str, problem['loc']))} {problem['msg']}".split())
 
 
 def _json(reply: httpx.Response) -> Any:

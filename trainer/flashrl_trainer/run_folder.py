@@ -1,5 +1,6 @@
 """A run's folder: its name, and which one `--resume` means. Knows nothing of what is written inside."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -35,6 +36,6 @@ def _stamped(stem: str, now: datetime) -> str:
 
 def _newest(root: Path, name: str, *, exact: bool) -> Path | None:
     """The newest run that has a checkpoint to go on from."""
-    pattern = name if exact else f"{name}-[0-9]*"
-    found = [path for path in root.glob(pattern) if any((path / "checkpoints").glob("step-*/trainer.json"))]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    pattern = re.compile(re.escape(name) + ("" if exact else r"-\d{8}-\d{6}"))
+    runs = [path for path in (root.iterdir() if root.is_dir() else ()) if pattern.fullmatch(path.name)]
+    return max((run for run in runs if any((run / "checkpoints").glob("step-*/trainer.json"))), default=None)

@@ -14,7 +14,13 @@ from flashrl_trainer.model import Policy
 from flashrl_trainer.publisher import Publisher, Sent
 from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
 from flashrl_wire import handshake
-from flashrl_wire.errors import NotReadyError, StaleBaseError
+from flashrl_wire.errors import (
+    DrainTimeoutError,
+    NotReadyError,
+    StaleBaseError,
+    UnknownTransferError,
+    UpdateInProgressError,
+)
 from flashrl_wire.layout import TensorSpec, WeightLayout, difference
 from flashrl_wire.messages import WeightsInfo
 
@@ -62,31 +68,32 @@ class WeightSync:
         """Handshake, then bring the service to the policy's weights.
 
         `version` is the trainer's last one (0 for a new run). A service at version 0 with other weights than a `fresh`
-        run's is a HandshakeError: both loaded something, and not the same thing.
+        run's is a HandshakeError: both loaded something, and not the same thing. UpdateInProgressError where another
+        run holds the service.
         """
         info, layout = self._ranks.on_main(lambda: self._handshake(policy, identity))
         self._baseline = Baseline(layout, self._ranks, self._block_bytes)
         self._baseline.capture(policy)
-        if info.digest == self._baseline.digest():
+        is_same = info.digest == self._baseline.digest()
+        if is_same and info.version >= version and not info.poisoned:
             self.version = info.version
             return
-        if fresh and info.version == 0:
+        if fresh and info.version == 0 and not is_same:
             raise HandshakeError(
                 f"weights: digest {self._baseline.digest()} here, {info.digest} there: the service at "
                 f"{self._client.url} was started from another checkpoint ({info.model})"
             )
-        self.version = max(info.version, version)
-        self._send(self._baseline.snapshot(policy))
+        # a resumed run keeps its numbers: under others its surplus samples would be older than they are
+        self._send(self._baseline.snapshot(policy), version or info.version + 1)
 
     def push(self, policy: Policy, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, float]:
         """Publish the policy's changes as the next version; `sync/*` metrics."""
         assert self._baseline is not None
         start = time.monotonic()
-        update = self._baseline.delta(policy)
-        sent = self._send(update, on_bytes)
+        version = self.version + 1
+        sent = self._send(self._baseline.delta(policy), version, on_bytes)
         if sent is None:  # the service holds another base: it was restarted, or somebody else wrote to it
-            update = self._baseline.snapshot(policy)
-            sent = self._send(update, on_bytes)
+            sent = self._send(self._baseline.snapshot(policy), version, on_bytes)
             assert sent is not None
         layout = self._baseline.layout
         return {
@@ -99,14 +106,15 @@ class WeightSync:
         }
 
     def repair(self, policy: Policy) -> None:
-        """Bring a service that lost the policy's version (it was restarted) back to it."""
+        """Bring a service that lost the policy (it was restarted, or is poisoned) back to it, under the same number."""
         assert self._baseline is not None
-        self.version -= 1  # the same weights under the same number
-        self._send(self._baseline.snapshot(policy))
+        self._send(self._baseline.snapshot(policy), max(1, self.version))
 
-    def _send(self, update: EncodedUpdate, on_bytes: Callable[[int], None] = lambda _: None) -> Sent | None:
+    def _send(
+        self, update: EncodedUpdate, version: int, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> Sent | None:
         assert self._baseline is not None
-        baseline, version = self._baseline, self.version + 1
+        baseline = self._baseline
 
         def publish() -> tuple[Sent | None]:
             with self._interruptible():
@@ -128,15 +136,21 @@ class WeightSync:
             if update.kind == "snapshot":
                 raise
             return None
-        except (ServiceUnreachableError, NotReadyError):
+        except (ServiceUnreachableError, NotReadyError, UnknownTransferError, DrainTimeoutError):
             self._client.wait_ready(self._deadline_s, lambda _: None)  # raises if it does not come back
             info = self._client.weights()
-            if (info.version, info.digest) != (self.version, baseline.digest()) and update.kind == "delta":
+            has_base = (info.version, info.digest) == (self.version, baseline.digest()) and not info.poisoned
+            if update.kind == "delta" and not has_base:
                 return None
             return self._publisher.publish(update, baseline, version, on_bytes)
 
     def _handshake(self, policy: Policy, identity: Identity) -> tuple[WeightsInfo, WeightLayout]:
         info, theirs = self._client.weights(), self._client.layout()
+        if info.run_id not in (None, self._publisher.run_id):
+            raise UpdateInProgressError(
+                f"the service at {self._client.url} follows run {info.run_id}; wait for its end, or, if it has died, "
+                f"release it: curl -X DELETE {self._client.url}/runs/{info.run_id}"
+            )
         ours = _own_layout(policy, theirs)
         problem = difference(ours, theirs) or handshake.mismatch(
             info,
