@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SEED ?= 0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check fix fast engine bench clean
+.PHONY: help setup demo test check fix fast engine clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch and vllm take seconds, which --help and a mistyped fl
 USAGE_ERROR = 2
 _KEYS_WRITTEN = """\
 Keys are in {folder}. Next:
-  the service:  flashrl-rollout serve --host 0.0.0.0 --keys-dir {folder}/service \
+  the service:  flashrl-rollout serve --host 0.0.0.0 --keys-dir {folder}/service \\
                     --token-file {folder}/service/token ...
   the trainer:  copy {folder}/trainer to its machine; set rollout.keys_dir to the copy
                     and rollout.token_file to the file `token` in it

@@ -52,7 +52,7 @@ def test_required_settings_are_named() -> None:
         ("optim.lr=nan", "optim.lr: must be a finite number, got nan (from --set optim.lr=nan)"),
         ("optim.lr=fast", "optim.lr: must be a number, got 'fast' (from --set optim.lr=fast)"),
         ("eval.greedy=yes", "eval.greedy: must be true or false, got 'yes' (from --set eval.greedy=yes)"),
-        ("sync.mode=wait", "sync.mode: must be 'keep' or 'drain', got 'wait' (from --set sync.mode=wait)"),
+        ("run.wandb=no", "run.wandb: must be 'auto', 'online', 'offline' or 'off', got 'no' (from --set run.wandb=no)"),
         ("model.path=", "model.path: must not be empty, got '' (from --set model.path=)"),
         ("run.steps", "--set run.steps: must be section.key=value"),
         ("steps=5", "--set steps=5: must be section.key=value"),
@@ -186,4 +186,4 @@ def test_the_generated_page_has_every_setting_with_its_limits() -> None:
     assert page.count("\n| `") == sum(len(section) for section in load().model_dump().values())
     assert "| `tis_cap` | `2.0` | >= 1 | " in page
     assert "| `path` | required | " in page
-    assert '| `mode` | `"keep"` | `keep`, `drain` | ' in page
+    assert '| `quantization` | `"int8"` | `int8`, `fp8`, `none` | ' in page

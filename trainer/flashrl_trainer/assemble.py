@@ -41,9 +41,9 @@ class Inputs:
 
 
 def read_token(config: TrainerConfig) -> str | None:
-    """The API token from `rollout.token_file` or FLASHRL_TOKEN; ValueError for a missing or empty file."""
+    """The API token from FLASHRL_TOKEN, else from `rollout.token_file`; ValueError for a missing or empty file."""
     path = config.rollout.token_file
-    if not path:
+    if os.environ.get(TOKEN_VARIABLE) or not path:
         return os.environ.get(TOKEN_VARIABLE) or None
     try:
         token = Path(path).read_text(encoding="utf-8").strip()

@@ -100,7 +100,7 @@ class RolloutSettings(Section):
     urls: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValidator(_checked_urls)] = Field(
         ("http://127.0.0.1:8000",), description="One URL a replica; commas between them in a variable"
     )
-    token_file: str = Field("", description="File with the API token; empty: FLASHRL_TOKEN, or none")
+    token_file: str = Field("", description="File with the API token; FLASHRL_TOKEN goes before it")
     keys_dir: str = Field("", description="Folder with CURVE keys for the weights; empty: loopback only")
     quantization: Literal["int8", "fp8", "none"] = Field("int8", description="What the service was started with")
     request_timeout_s: float = Field(600.0, gt=0, description="Limit for one /generate request")
@@ -152,7 +152,7 @@ class AlgorithmSettings(Section):
     overlong_buffer: int = Field(512, ge=1, description="Tokens before the limit over which the penalty grows")
     overlong_factor: float = Field(1.0, ge=0, description="The penalty at the limit")
     filtered_in_group_mean: bool = Field(True, description="Filtered samples still count in their group's mean")
-    max_staleness: int = Field(0, ge=0, description="Weight versions a sample may lag behind; 0: strictly on policy")
+    max_staleness: int = Field(0, ge=0, description="Weight versions a sample may lag behind; see surplus_max_age")
     update_epochs: int = Field(1, ge=1, description="Passes over a step's samples")
 
     @model_validator(mode="after")
@@ -180,8 +180,6 @@ class SyncSettings(Section):
 
     chunk_mib: int = Field(2, ge=1, le=4, description="Size of a chunk on the wire")
     transfer_deadline_s: float = Field(120.0, gt=0, description="A replica that needs longer is fenced")
-    mode: Literal["keep", "drain"] = Field("keep", description="Freeze running sequences for a commit, or finish them")
-    audit_every: int = Field(50, ge=0, description="Updates between digests of all of a replica's weights; 0: never")
 
 
 class EvalSettings(Section):
