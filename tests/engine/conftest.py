@@ -46,7 +46,7 @@ def _engine(loop: LoopThread, quantization: Quantization) -> Iterator[Engine]:
     settings = EngineSettings(
         str(MODEL), quantization, max_model_len=MAX_MODEL_LEN, enforce_eager=True, kv_cache_gib=0.125, threads=1
     )
-    engine = loop.run(VllmEngine.start(settings))
+    engine = loop.run(VllmEngine.start(settings), 900)
     yield engine
     loop.run(engine.close())
 

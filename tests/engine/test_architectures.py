@@ -26,7 +26,7 @@ from transformers import (
 
 from flashrl_rollout import rank_replies, stored_state
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -82,7 +82,7 @@ def replies(folders: dict[str, Path]) -> list[dict[str, Any]]:
         )
         for rank in ("0", "1")
     ]
-    outputs = [rank.communicate(timeout=280) for rank in ranks]
+    outputs = [rank.communicate(timeout=600) for rank in ranks]
     return [json.loads(out.splitlines()[-1]) if out.strip() else pytest.fail(err[-3000:]) for out, err in outputs]
 
 

@@ -11,7 +11,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from tests.helpers.real_engine import Checkpoints, command, environment
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
 def test_fp8_updates_exactly_and_a_killed_service_leaves_no_process(

@@ -30,7 +30,7 @@ from flashrl_rollout import stored_state
 from flashrl_rollout.engine import Engine, EngineCompletion
 from flashrl_wire.messages import Sampling
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 END = 0
 PROMPT = "Ann has 3 apples and buys 4 more. How many apples does she have?"

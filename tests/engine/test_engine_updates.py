@@ -24,7 +24,7 @@ from flashrl_rollout.staged import write_staged
 from flashrl_wire.delta import Change
 from flashrl_wire.digest import PartDigest
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
 def _engine(request: pytest.FixtureRequest, quantization: str) -> Engine:

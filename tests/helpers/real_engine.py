@@ -151,7 +151,7 @@ def environment() -> dict[str, str]:
 def output_of(program: str, arguments: Sequence[str]) -> Any:
     """What a program printed last, as JSON."""
     done = subprocess.run(
-        command(program, arguments), env=environment(), capture_output=True, text=True, timeout=280, check=False
+        command(program, arguments), env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
