@@ -1,6 +1,7 @@
 """A whole service process around the scripted engine, for tests that kill, stop or starve one.
 
     python -m flashrl_rollout.scripted_service '{"token_s": 0.01, "faults": {"apply_delay_s": 5}}'
+    python -m flashrl_rollout.scripted_service '{"folder": "examples/tiny_arith/model"}'
 
 Everything but the engine is what `flashrl-rollout serve` runs, with settings from FLASHRL_ROLLOUT_* variables.
 """
@@ -9,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from flashrl_rollout import startup
@@ -35,15 +37,19 @@ def scripted_layout(rows: int = 64) -> WeightLayout:
 
 
 async def start_engine(options: dict[str, Any]) -> Engine:
-    """`options`: rows and seed of the weights, start_s, start_error, token_s, and faults by name."""
+    """`options`: rows and seed of the weights or a model's folder, start_s, start_error, token_s, faults by name."""
     await asyncio.sleep(options.get("start_s", 0.0))
     if "start_error" in options:
         raise ValueError(options["start_error"])
+    token_s, faults = options.get("token_s", 0.0), Faults(**options.get("faults", {}))
+    if "folder" in options:
+        from flashrl_rollout.scripted_folder import open_folder  # transformers takes seconds
+
+        return open_folder(Path(options["folder"]), options.get("quantization", "int8"), token_s=token_s, faults=faults)
     layout = scripted_layout(options.get("rows", 64))
     info = EngineInfo("scripted", "int8", VOCAB_SIZE, MAX_MODEL_LEN, "0" * 32)
     parts = random_parts(layout, options.get("seed", 0))
-    faults = Faults(**options.get("faults", {}))
-    return ScriptedEngine(layout, parts, info, token_s=options.get("token_s", 0.0), faults=faults)
+    return ScriptedEngine(layout, parts, info, token_s=token_s, faults=faults)
 
 
 def main(arguments: list[str]) -> int:
@@ -56,7 +62,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return serve(config, bound, lambda: start_engine(options))
+    return serve(config, bound, lambda: start_engine({"quantization": config.quantization} | options))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The scripted engine with the names, weights and tokenizer of a Hugging Face folder, so that a real trainer fits it.
+
+Knows the folder's files; its tokens are still a hash and no model's.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from flashrl_rollout.checkpoint_reader import Checkpoint
+from flashrl_rollout.engine import EngineInfo
+from flashrl_rollout.scripted_engine import Faults, ScriptedEngine
+from flashrl_rollout.stored_state import read_parts
+from flashrl_rollout.tokenization import Tokenization
+from flashrl_wire.layout import Storage, TensorSpec, WeightLayout
+from flashrl_wire.messages import Quantization
+
+_ROWS: dict[Quantization, Storage] = {"int8": "int8_rows", "fp8": "fp8_rows", "none": "bf16"}
+_QUANTIZED = "_proj.weight"
+
+
+def folder_layout(folder: Path, quantization: Quantization) -> WeightLayout:
+    """The projections of every block in rows of codes, everything else in bf16."""
+    return WeightLayout.of(
+        TensorSpec(name=name, shape=shape, storage=_ROWS[quantization] if name.endswith(_QUANTIZED) else "bf16")
+        for name, shape in Checkpoint(folder).shapes.items()
+    )
+
+
+def open_folder(
+    folder: Path, quantization: Quantization = "int8", *, token_s: float = 0.0, faults: Faults | None = None
+) -> ScriptedEngine:
+    """An engine at version 0 with the folder's weights; ValueError for a folder that holds no checkpoint."""
+    layout = folder_layout(folder, quantization)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenization = Tokenization(tokenizer)
+    info = EngineInfo(
+        model=str(folder),
+        quantization=quantization,
+        vocab_size=config["vocab_size"],
+        max_model_len=config["max_position_embeddings"],
+        tokenizer_hash=tokenization.hash,
+    )
+    return ScriptedEngine(
+        layout,
+        read_parts(folder, layout),
+        info,
+        tokenizer=tokenization,
+        end_token=tokenizer.eos_token_id,
+        token_s=token_s,
+        faults=faults,
+    )
