@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "examples/tiny_arith/model"
 RECIPE = "configs/tiny_arith.toml"
 MIN_FREE_GIB = 4.0
+MAX_THREADS = 4  # matrices of 256 x 256 gain nothing from more, and threads that wait for each other cost the most
 STOP_DEADLINE_S = 30.0
 
 
@@ -33,7 +34,7 @@ def main() -> int:
         return 1
     folder = Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
-    threads = max(1, min(4, len(os.sched_getaffinity(0))))
+    threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
     http_port, weights_port = free_ports(2)
     print(
         f"Demo: a 3-million-parameter model that is often sloppy with two-step sums learns to be careful.\n"
