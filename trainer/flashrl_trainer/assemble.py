@@ -14,7 +14,7 @@ from flashrl_trainer.collect import Collector, Overlong
 from flashrl_trainer.distributed import Ranks
 from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.loop import Loop, Parts, Recorder
-from flashrl_trainer.model import Policy, load_policy
+from flashrl_trainer.model import LOAD_ERRORS, Policy, first_line, load_policy
 from flashrl_trainer.prompts import PromptStream, RowChecks, load_eval
 from flashrl_trainer.publisher import Publisher, load_curve_keys
 from flashrl_trainer.rewards import Reward, resolve_reward
@@ -86,9 +86,8 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer beside a model; ValueError names `model.path`."""
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model.path: {path}: no tokenizer: {first}") from None
+    except LOAD_ERRORS as error:
+        raise ValueError(f"model.path: {path}: no tokenizer: {first_line(error)}") from None
 
 
 def make_policy(config: TrainerConfig, ranks: Ranks) -> Policy:

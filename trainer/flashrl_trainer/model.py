@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,9 @@ from flashrl_trainer import attention
 from flashrl_trainer.batch import PackedBatch
 from flashrl_trainer.distributed import Ranks
 from flashrl_trainer.logprobs import token_logprobs
+
+LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
+"""What transformers raises for a folder or hub id that it cannot load."""
 
 _UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -79,9 +84,12 @@ def load_policy(
     """Load a Hugging Face id or folder in fp32 and shard it; ValueError where it is missing or not supported."""
     attention.register()
     config = _load_config(path)
-    lm = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation=attention.NAME
-    )
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, attn_implementation=attention.NAME
+        )
+    except LOAD_ERRORS as error:
+        raise ValueError(f"model.path: {path}: {first_line(error)}") from error
     if lm.lm_head.bias is not None:
         raise ValueError(f"model.path: {path} has a bias in its head, which is not supported")
     policy = Policy(lm, temperature, chunk_tokens).train()
@@ -96,9 +104,9 @@ def _load_config(path: str) -> Any:
         raise ValueError(f"model.path: no folder {path}")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise ValueError(
-            f"model.path: {path} is neither a model folder nor a reachable hub id: {_line(error)}"
+            f"model.path: {path} is neither a model folder nor a reachable hub id: {first_line(error)}"
         ) from None
     for name in _UNSUPPORTED:
         if getattr(config, name, None) not in (None, 1, 1.0):
@@ -106,7 +114,10 @@ def _load_config(path: str) -> Any:
     return config
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice that transformers adds."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        return str(error.__cause__)
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
