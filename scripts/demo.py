@@ -34,22 +34,24 @@ def main() -> int:
         return 1
     folder = Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
-    threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
+    cores = len(os.sched_getaffinity(0))
+    # they take turns, but the service's engine, workers and routes are processes of their own
+    service_threads, trainer_threads = (max(1, min(MAX_THREADS, number)) for number in (cores // 2, cores))
     http_port, weights_port = free_ports(2)
     print(
         f"Demo: a 3-million-parameter model that is often sloppy with two-step sums learns to be careful.\n"
-        f"  service: vLLM, INT8 weights, port {http_port}, {threads} threads, log in {folder}/service.log\n"
-        f"  trainer: full precision, DAPO with truncated importance sampling, {threads} threads\n"
+        f"  service: vLLM, INT8 weights, port {http_port}, {service_threads} thread(s), log in {folder}/service.log\n"
+        f"  trainer: full precision, DAPO with truncated importance sampling, {trainer_threads} thread(s)\n"
         f"The service needs about a minute to start.",
         flush=True,
     )
     start = time.monotonic()
     with (folder / "service.log").open("wb") as log:
         service = subprocess.Popen(
-            service_command(http_port, weights_port, threads), stdout=log, stderr=log, start_new_session=True
+            service_command(http_port, weights_port, service_threads), stdout=log, stderr=log, start_new_session=True
         )
         try:
-            code = train(folder, http_port, threads, seed, service)
+            code = train(folder, http_port, trainer_threads, seed, service)
         finally:
             stop(service)
     if code == 0:
