@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from flashrl_trainer import assemble
 from flashrl_trainer.checkpoint import CheckpointStore, export
@@ -66,6 +67,7 @@ def _latest(store: CheckpointStore, folder: Path) -> Path:
 
 
 def _start(config: TrainerConfig, stack: ExitStack) -> tuple[Ranks, Interrupt]:
+    disable_progress_bar()  # transformers': a bar a rank, in the middle of our lines
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     # a rank waits for rank 0's sampling in a collective, so the limit must be longer than a request's
