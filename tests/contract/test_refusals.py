@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def test_wrong_setting_is_one_line_and_2(setting: str, value: str, line: str, wo
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> ServiceProgram:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProgram]:
     """INT8, the tiny model, version 0."""
     workshop = Workshop(tmp_path_factory.mktemp("service"))
     yield workshop.service()
@@ -48,7 +50,7 @@ def changed_model(folder: Path) -> Path:
     return Path(shutil.copytree(MODEL, folder / "model"))
 
 
-def refusal(workshop: Workshop, service: ServiceProgram, **settings: object) -> str:
+def refusal(workshop: Workshop, service: ServiceProgram, **settings: Any) -> str:
     """The line of a trainer that did not start."""
     before = service.weights()
     ended = workshop.trainer(service.url, **settings).wait()

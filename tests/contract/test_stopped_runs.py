@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.helpers.forked import Ended, free_ports
 from tests.helpers.workshop import Straight, Workshop, rows, state, timeless, until
 
-SLOW = {"token_s": 0.05}  # two samples of 8 tokens one after the other: sampling is at work for most of a step
+SLOW_S = 0.05  # a token; two samples of 8 tokens one after the other: sampling is at work for most of a step
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -18,7 +18,7 @@ def no_traceback(ended: Ended) -> bool:
 
 
 def test_ctrl_c_while_sampling_ends_at_once_and_loses_nothing(straight: Straight, workshop: Workshop) -> None:
-    service = workshop.service(**SLOW)
+    service = workshop.service(token_s=SLOW_S)
     trainer = workshop.trainer(service.url)
     until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 2 and service.is_sampling, trainer)
     trainer.signal(signal.SIGINT)
@@ -64,7 +64,7 @@ def test_service_that_is_killed_and_restarted_gets_its_weights_again(straight: S
     trainer = workshop.trainer(service.url)
     until(lambda: service.is_ready and service.weights()["run_id"], trainer)
     service.kill()
-    service = workshop.service(ports, **SLOW)
+    service = workshop.service(ports, token_s=SLOW_S)
     until(lambda: len(rows(workshop.run_folder())) == 3 and service.is_sampling, trainer)
     service.kill()
     service = workshop.service(ports)
@@ -77,7 +77,7 @@ def test_service_that_is_killed_and_restarted_gets_its_weights_again(straight: S
 
 
 def test_service_that_dies_for_good_ends_the_run_with_a_checkpoint(straight: Straight, workshop: Workshop) -> None:
-    service = workshop.service(**SLOW)
+    service = workshop.service(token_s=SLOW_S)
     trainer = workshop.trainer(service.url, rollout__connect_deadline_s=1.0, checkpoint__every=0)
     until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 2 and service.is_sampling, trainer)
     service.kill()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
+from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -37,7 +38,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self._folder, self._ranks, self._keep = folder, ranks, keep
 
-    def save(self, step: int, policy: Policy, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, policy: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:
         """Write `checkpoints/step-NNNNNN` and delete the oldest ones beyond `keep`; OSError where there is no room."""
         target = self._path(step)
         aside = self._folder / f".{target.name}.partial"
@@ -72,7 +73,7 @@ class CheckpointStore:
                 return folder
         return None
 
-    def load(self, folder: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
+    def load(self, folder: Path, policy: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Restore weights and optimizer in place; the trainer's own state.
 
         ValueError for a folder that is damaged, or holds another model.
