@@ -1,0 +1,184 @@
+"""The client against a server that says what it is told: what is tried again, for how long, and how failures read."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+from tests.helpers.scripted_http import HANG_UP, Answer, ScriptedHttp, refusal
+
+from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
+from flashrl_wire.errors import InvalidFieldError, NotReadyError, UpdateInProgressError
+from flashrl_wire.messages import GenerateRequest, GenerateResponse, Sampling
+
+WEIGHTS = {
+    "version": 3, "digest": "0" * 32, "quantization": "int8", "storage_bytes": 10, "last_update": None,
+    "model": "m", "layout_hash": "1" * 32, "tokenizer_hash": "2" * 32, "vocab_size": 9, "max_model_len": 99,
+    "weights_port": 5, "run_id": None, "poisoned": False,
+}  # fmt: skip
+WEIGHTS_ROUTE, GENERATE_ROUTE = "GET /weights", "POST /generate"
+
+
+@pytest.fixture
+def http() -> Iterator[ScriptedHttp]:
+    with ScriptedHttp().serving() as http:
+        yield http
+
+
+def client(
+    url: str, *, retry_s: float = 5.0, request_timeout_s: float = 5.0, token: str | None = None
+) -> RolloutClient:
+    return RolloutClient(url, token, request_timeout_s=request_timeout_s, retry_s=retry_s)
+
+
+def reply(version: int = 1) -> Answer:
+    usage = {"prompt_tokens": 0, "completion_tokens": 0}
+    return Answer({"weight_version": version, "quantization": "int8", "results": [], "usage": usage})
+
+
+def ask(seed: int = 0) -> GenerateRequest:
+    return GenerateRequest(prompts=["hi"], sampling=Sampling(seed=seed))
+
+
+def gaps(http: ScriptedHttp, route: str) -> list[float]:
+    times = [asked.at for asked in http.asked[route]]
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+@pytest.mark.parametrize("route", [WEIGHTS_ROUTE, GENERATE_ROUTE])
+def test_full_queue_is_tried_again_when_it_says(http: ScriptedHttp, route: str) -> None:
+    full = refusal(429, "queue_full", "9 sequences run or wait", {"Retry-After": "1"})
+    http.on(WEIGHTS_ROUTE, full, Answer(WEIGHTS))
+    http.on(GENERATE_ROUTE, full, reply())
+    if route == WEIGHTS_ROUTE:
+        assert client(http.url).weights().version == 3
+    else:
+        assert client(http.url).generate([ask()])[0].weight_version == 1
+    (gap,) = gaps(http, route)
+    assert 1.0 <= gap < 2.0
+
+
+@pytest.mark.parametrize(
+    "failure", [HANG_UP, refusal(503, "not_ready", "starting"), refusal(409, "update_in_progress", "another")]
+)
+def test_what_passes_is_tried_again(http: ScriptedHttp, failure: Answer) -> None:
+    http.on(WEIGHTS_ROUTE, failure, failure, Answer(WEIGHTS))
+    http.on(GENERATE_ROUTE, failure, failure, reply(7))
+    assert client(http.url).weights().version == 3
+    assert client(http.url).generate([ask()])[0].weight_version == 7
+    assert len(http.asked[WEIGHTS_ROUTE]) == len(http.asked[GENERATE_ROUTE]) == 3
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (refusal(422, "invalid_field", "prompts.0: is empty"), InvalidFieldError, "prompts.0: is empty"),
+        (refusal(409, "update_in_progress", "follows run a", run_id="a"), UpdateInProgressError, "follows run a"),
+        (refusal(409, "update_in_progress", "busy", transfer_id="t"), UpdateInProgressError, "busy"),
+        (refusal(503, "not_ready", "poisoned: x", poisoned=True), NotReadyError, "poisoned: x"),
+    ],
+)
+def test_what_does_not_pass_is_an_error_at_once(
+    http: ScriptedHttp, failure: Answer, kind: type[Exception], message: str
+) -> None:
+    http.on(WEIGHTS_ROUTE, failure)
+    http.on(GENERATE_ROUTE, failure)
+    with pytest.raises(kind, match=f"^{message}$"):
+        client(http.url).weights()
+    with pytest.raises(kind, match=f"^{message}$"):
+        client(http.url).generate([ask()])
+    assert len(http.asked[WEIGHTS_ROUTE]) == len(http.asked[GENERATE_ROUTE]) == 1
+
+
+def test_nobody_there_is_tried_until_the_deadline_and_named(free_port: Callable[[], int]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    for call in (client(url, retry_s=0.5).weights, lambda: client(url, retry_s=0.5).generate([ask()])):
+        began = time.monotonic()
+        with pytest.raises(ServiceUnreachableError, match=rf"^rollout service at {url}: ConnectError: "):
+            call()
+        assert 0.5 <= time.monotonic() - began < 3.0
+
+
+def test_deadline_counts_from_the_first_failure(http: ScriptedHttp) -> None:
+    """A service is lost at the end of a request that took longer than the deadline; it is worth waiting for."""
+    slow = threading.Event()
+    http.on(GENERATE_ROUTE, Answer(when=slow, hang_up=True), reply())
+    threading.Timer(0.6, slow.set).start()
+    assert client(http.url, retry_s=0.5).generate([ask()])[0].weight_version == 1
+
+
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(http: ScriptedHttp) -> None:
+    never = threading.Event()
+    http.on(GENERATE_ROUTE, Answer(when=never, hang_up=True))
+    with pytest.raises(ServiceUnreachableError, match=rf"^rollout service at {http.url}: ReadTimeout$"):
+        client(http.url, request_timeout_s=0.2).generate([ask()])
+    never.set()
+    assert len(http.asked[GENERATE_ROUTE]) == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>hello</html>", {"version": 3}, WEIGHTS | {"more": 1}])
+def test_another_kind_of_server_is_one_line(http: ScriptedHttp, body: object) -> None:
+    http.on(WEIGHTS_ROUTE, Answer(body))
+    with pytest.raises(ServiceUnreachableError, match=rf"^{http.url} answers, but not as a rollout service[^\n]*$"):
+        client(http.url).weights()
+    assert len(http.asked[WEIGHTS_ROUTE]) == 1
+
+
+def test_requests_run_at_a_time_and_replies_keep_their_order(http: ScriptedHttp) -> None:
+    first = threading.Event()
+    http.on(GENERATE_ROUTE, Answer(reply(1).body, when=first), reply(2))
+    arrived = []
+
+    def on_done(answer: GenerateResponse) -> None:
+        arrived.append(answer.weight_version)
+        first.set()  # the first one asked is answered only after the second one has been
+
+    replies = client(http.url).generate([ask(0), ask(1)], on_done)
+    assert arrived == [2, 1]
+    seeds = [asked.body["sampling"]["seed"] for asked in http.asked[GENERATE_ROUTE]]
+    by_seed = dict(zip(seeds, [1, 2], strict=True))
+    assert [answer.weight_version for answer in replies] == [by_seed[0], by_seed[1]]
+
+
+def test_token_is_sent_with_every_request(http: ScriptedHttp) -> None:
+    http.on(WEIGHTS_ROUTE, Answer(WEIGHTS))
+    http.on(GENERATE_ROUTE, reply())
+    own = client(http.url, token="secret")
+    own.weights()
+    own.generate([ask()])
+    sent = [asked.headers["Authorization"] for route in (WEIGHTS_ROUTE, GENERATE_ROUTE) for asked in http.asked[route]]
+    assert sent == ["Bearer secret"] * 2
+
+
+def test_waits_until_ready(http: ScriptedHttp) -> None:
+    http.on("GET /ready", refusal(503, "not_ready", "starting: loading"), Answer({"ready": True}))
+    states: list[str] = []
+    client(http.url).wait_ready(10.0, states.append)
+    assert states == ["starting: loading"]
+
+
+def test_poisoned_is_ready_for_the_update_that_heals_it(http: ScriptedHttp) -> None:
+    http.on("GET /ready", refusal(503, "not_ready", "poisoned", poisoned=True))
+    client(http.url).wait_ready(0.0, lambda state: pytest.fail(state))
+
+
+def test_does_not_wait_for_what_waiting_does_not_change(http: ScriptedHttp) -> None:
+    http.on("GET /ready", refusal(401, "unauthorized", "no valid token"))
+    with pytest.raises(ServiceUnreachableError, match=rf"^rollout service at {http.url}: no valid token$"):
+        client(http.url).wait_ready(60.0, lambda state: pytest.fail(state))
+
+
+def test_not_ready_in_time_says_why(http: ScriptedHttp) -> None:
+    http.on("GET /ready", refusal(503, "not_ready", "starting: loading"))
+    with pytest.raises(
+        ServiceUnreachableError, match=rf"^rollout service at {http.url} not ready after 0 s: starting: l"
+    ):
+        client(http.url).wait_ready(0.0, lambda state: pytest.fail(state))
+
+
+@pytest.mark.parametrize("answer", [HANG_UP, refusal(500, "error", "x"), Answer({"run_id": None})])
+def test_release_never_fails(http: ScriptedHttp, answer: Answer) -> None:
+    http.on("DELETE /runs/mine", answer)
+    client(http.url, retry_s=60.0).release("mine")
+    assert len(http.asked["DELETE /runs/mine"]) == 1
