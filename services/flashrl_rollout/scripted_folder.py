@@ -29,7 +29,12 @@ def folder_layout(folder: Path, quantization: Quantization) -> WeightLayout:
 
 
 def open_folder(
-    folder: Path, quantization: Quantization = "int8", *, token_s: float = 0.0, faults: Faults | None = None
+    folder: Path,
+    quantization: Quantization = "int8",
+    *,
+    token_s: float = 0.0,
+    faults: Faults | None = None,
+    kind: type[ScriptedEngine] = ScriptedEngine,
 ) -> ScriptedEngine:
     """An engine at version 0 with the folder's weights; ValueError for a folder that holds no checkpoint."""
     layout = folder_layout(folder, quantization)
@@ -43,7 +48,7 @@ def open_folder(
         max_model_len=config["max_position_embeddings"],
         tokenizer_hash=tokenization.hash,
     )
-    return ScriptedEngine(
+    return kind(
         layout,
         read_parts(folder, layout),
         info,

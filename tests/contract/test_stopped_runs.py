@@ -4,9 +4,32 @@ import signal
 from pathlib import Path
 
 from tests.helpers.forked import Ended, free_ports
-from tests.helpers.workshop import Straight, Workshop, rows, state, timeless, until
+from tests.helpers.live_service import live
+from tests.helpers.workshop import MODEL, Straight, Workshop, rows, state, timeless, until
+
+from flashrl_rollout.scripted_engine import Faults, ScriptedEngine
+from flashrl_rollout.scripted_folder import open_folder
+from flashrl_wire.digest import bits
 
 SLOW_S = 0.05  # a token; two samples of 8 tokens one after the other: sampling is at work for most of a step
+
+
+class DamagedOnce(ScriptedEngine):
+    """Its fault is over with the first commit."""
+
+    async def keep(self, version: int) -> None:
+        """As ever, and then without faults."""
+        await super().keep(version)
+        self.faults = Faults()
+
+
+class DamagedBehindEveryCommit(ScriptedEngine):
+    """Its memory cannot be trusted: an element changes once nobody looks."""
+
+    async def keep(self, version: int) -> None:
+        """As ever, and then another bit."""
+        await super().keep(version)
+        bits(self.parts["model.norm.weight"])[-1] ^= 1
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -99,3 +122,26 @@ def test_service_that_is_not_there_is_one_line_before_anything_is_loaded(worksho
         f"error: rollout service at {url} not ready after 0.5 s: ConnectError: [Errno 111] Connection refused"
     )
     assert not workshop.runs.exists()
+
+
+def test_weights_that_an_audit_finds_damaged_are_sent_again(straight: Straight, workshop: Workshop) -> None:
+    with live(
+        lambda: open_folder(MODEL, faults=Faults(corrupt_untouched=True), kind=DamagedOnce),
+        workshop.folder,
+        audit_every=1,
+    ) as service:
+        ended = workshop.trainer(service.url).wait()
+        assert ended.code == 0, ended.errors
+        assert ended.output.count("the service lost its weights; sending them again") == 1
+        run = workshop.run_folder()
+        assert [timeless(row) for row in rows(run)] == [timeless(row) for row in rows(straight.folder)]
+        assert service.service.weights_info().digest == straight.digest
+
+
+def test_service_that_damages_its_weights_every_time_ends_the_run(workshop: Workshop) -> None:
+    with live(lambda: open_folder(MODEL, kind=DamagedBehindEveryCommit), workshop.folder, audit_every=1) as service:
+        ended = workshop.trainer(service.url).wait()
+    assert (ended.code, no_traceback(ended)) == (1, True), ended.errors
+    assert ended.errors.splitlines()[-1].startswith("error: poisoned: the weights are not those of any version")
+    assert ended.output.count("the service lost its weights; sending them again") == 3
+    assert checkpoints(workshop.run_folder()) == ["step-000001"]

@@ -27,6 +27,8 @@ T = TypeVar("T")
 STOPS = (KeyboardInterrupt, ServiceUnreachableError, WireError, NoMixedGroupsError)
 """What ends a run between two movements of the weights, so that it can be gone on with."""
 
+MAX_REPAIRS = 3  # for one request: a service that loses its weights again and again is broken
+
 
 class Prompts(Protocol):
     """An endless, resumable stream of training prompts."""
@@ -167,19 +169,23 @@ class Loop:
 
     def _ask(self, sample: Callable[[], T]) -> T:
         """What rank 0 gets from `sample`, on every rank; a service that has lost the policy is given it again."""
-        while True:
-            answer = self._p.ranks.on_main(lambda: self._try(sample))
+        for _ in range(MAX_REPAIRS):
+            answer = self._p.ranks.on_main(lambda: self._try(sample, may_repair=True))
             if answer is not None:
                 return answer[0]
             self._p.sync.repair(self._p.policy)
+        answer = self._p.ranks.on_main(lambda: self._try(sample, may_repair=False))
+        assert answer is not None
+        return answer[0]
 
-    def _try(self, sample: Callable[[], T]) -> tuple[T] | None:
+    def _try(self, sample: Callable[[], T], *, may_repair: bool) -> tuple[T] | None:
         try:
             with self._p.interrupt.anywhere():
                 return (sample(),)
         except (VersionNotReachedError, NotReadyError) as error:
             # not reached: it was restarted and has its first weights again
-            if isinstance(error, NotReadyError) and not error.facts.get("poisoned"):
+            is_lost = isinstance(error, VersionNotReachedError) or error.facts.get("poisoned")
+            if not is_lost or not may_repair:
                 raise
         self._p.recorder.note("the service lost its weights; sending them again")
         return None
