@@ -85,12 +85,19 @@ class Workshop:
     def trainer(self, url: str, *arguments: str, variables: dict[str, str] | None = None, **settings: Any) -> Program:
         """`flashrl-trainer train` with the recipe; `optim__lr=0.1` sets optim.lr."""
         recipe = self.folder / f"{STEM}.toml"
-        recipe.write_text(RECIPE)
+        if not recipe.exists():
+            recipe.write_text(RECIPE)
         values = {"run__dir": self.runs, "rollout__urls": url} | settings
         overrides = [f"--set={key.replace('__', '.')}={value}" for key, value in values.items()]
         command = ["train", "--config", str(recipe), *overrides, *arguments]
         self.started.append(Program("trainer", command, self._log(), variables or {}))
         return self.started[-1]
+
+    def ranks(self, count: int, url: str, *arguments: str, **settings: Any) -> list[Program]:
+        """The same as one job of `count` processes, each told its place as torchrun does."""
+        job = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        return [self.trainer(url, *arguments, variables=job | place, **settings) for place in places]
 
     def _log(self) -> Path:
         return self.folder / f"program-{len(self.started)}"
