@@ -14,7 +14,9 @@ from flashrl_wire.delta import Change
 from flashrl_wire.digest import PartDigest, bits, digest_at, digest_range
 from flashrl_wire.layout import PartSpec
 
-_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements handled at a time: bounds the scratch for their indices
+_BLOCK = 1 << 22  # elements digested at a time: bounds the scratch for their indices
+
+_Found = tuple[slice | Tensor, slice | Tensor, Tensor]  # positions in the change, places in memory, indices of the part
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,14 @@ class Region:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a change does inside one region: `patterns` [n] for `where` in `memory`; `at` are their part indices."""
+    """What a change does inside one region: `patterns` [n] for `where` in `memory`, which are `indices` of the part."""
 
-    copy: int  # which of the part's regions
     key: str
+    copy: int  # which of the part's regions
     memory: Tensor  # [storage] bit patterns
     where: slice | Tensor
     patterns: Tensor  # [n]
-    at: int | Tensor  # the first of a run, or [n] int64
-
-    def digest(self, patterns: Tensor) -> PartDigest:
-        """What `patterns` at this place contribute to the part's digest."""
-        return digest_range(patterns, self.at) if isinstance(self.at, int) else digest_at(self.at, patterns)
+    indices: Tensor  # [n] int64
 
 
 @dataclass(frozen=True)
@@ -149,69 +147,56 @@ class RuntimePart:
     held: tuple[Held, ...]
 
     def pieces(self, change: Change) -> Iterator[Piece]:
-        """The pieces of a change, each small enough to be handled whole."""
+        """The pieces of a change whose tensors lie on the engine's device."""
         for copy, held in enumerate(self.held):
             if change.indices is not None:
-                yield from _sparse(copy, held, change.indices, bits(change.values))
+                found = self._sparse(held, change.indices)
             elif held.region.is_run:
-                yield from _run(copy, held, change.start, bits(change.values))
+                found = _run(held, change.start, change.values.numel())
             else:
-                yield from _box(copy, held, change.start, bits(change.values))
+                found = _box(held, change.start, change.values.numel())
+            positions, where, indices = found
+            if indices.numel():
+                patterns = bits(change.values)
+                yield Piece(held.region.key, copy, held.memory, where, patterns[positions], indices)
+
+    def _sparse(self, held: Held, indices: Tensor) -> _Found:
+        region = held.region
+        if region.is_run and region.numel == self.spec.numel:  # nothing to look for, so nothing to wait for
+            return slice(None), indices + (region.memory_offset - region.part_offset), indices
+        positions, addresses = region.locate(indices)
+        return positions, addresses, indices[positions]
 
     def digests(self) -> dict[str, PartDigest]:
         """Digest of each region by its key, computed from the engine's memory."""
         found: dict[str, PartDigest] = {}
-        for copy, held in enumerate(self.held):
-            total = PartDigest()
-            for piece in _current(copy, held):
-                total = total + piece.digest(piece.patterns)
+        for held in self.held:
+            total = _digest(held)
             if found.setdefault(held.region.key, total) != total:
                 raise ValueError(f"two copies of {self.spec.name} differ")
         return found
 
 
-def _sparse(copy: int, held: Held, indices: Tensor, patterns: Tensor) -> Iterator[Piece]:
-    block = _block(held.memory)
-    for begin in range(0, indices.numel(), block):
-        some = indices[begin : begin + block].to(held.memory.device)
-        positions, addresses = held.region.locate(some)
-        if positions.numel():
-            new = patterns[begin : begin + block].to(held.memory.device)[positions]
-            yield Piece(copy, held.region.key, held.memory, addresses, new, some[positions])
-
-
-def _run(copy: int, held: Held, start: int, patterns: Tensor) -> Iterator[Piece]:
-    region, block = held.region, _block(held.memory)
+def _run(held: Held, start: int, count: int) -> _Found:
+    region = held.region
     first = max(start, region.part_offset)
-    last = min(start + patterns.numel(), region.part_offset + region.numel)
-    for begin in range(first, last, block):
-        end = min(begin + block, last)
-        new = patterns[begin - start : end - start].to(held.memory.device)
-        shift = region.memory_offset - region.part_offset
-        yield Piece(copy, region.key, held.memory, slice(begin + shift, end + shift), new, begin)
+    last = max(first, min(start + count, region.part_offset + region.numel))
+    shift = region.memory_offset - region.part_offset
+    indices = torch.arange(first, last, device=held.memory.device)
+    return slice(first - start, last - start), slice(first + shift, last + shift), indices
 
 
-def _box(copy: int, held: Held, start: int, patterns: Tensor) -> Iterator[Piece]:
-    region, block = held.region, _block(held.memory)
-    first, last = region.rank(start), region.rank(start + patterns.numel())
-    for begin in range(first, last, block):
-        indices, addresses = region.elements(begin, min(begin + block, last), held.memory.device)
-        new = patterns[(indices - start).to(patterns.device)].to(held.memory.device)
-        yield Piece(copy, region.key, held.memory, addresses, new, indices)
+def _box(held: Held, start: int, count: int) -> _Found:
+    region = held.region
+    indices, addresses = region.elements(region.rank(start), region.rank(start + count), held.memory.device)
+    return indices - start, addresses, indices
 
 
-def _current(copy: int, held: Held) -> Iterator[Piece]:
-    """The region's own content, as pieces."""
-    region, block = held.region, _block(held.memory)
-    for begin in range(0, region.numel, block):
-        end = min(begin + block, region.numel)
-        if region.is_run:
-            where = slice(region.memory_offset + begin, region.memory_offset + end)
-            yield Piece(copy, region.key, held.memory, where, held.memory[where], region.part_offset + begin)
-        else:
-            indices, addresses = region.elements(begin, end, held.memory.device)
-            yield Piece(copy, region.key, held.memory, addresses, held.memory[addresses], indices)
-
-
-def _block(memory: Tensor) -> int:
-    return _BLOCK.get(memory.device.type, 1 << 20)
+def _digest(held: Held) -> PartDigest:
+    region, memory, total = held.region, held.memory, PartDigest()
+    if region.is_run:
+        return digest_range(memory[region.memory_offset :][: region.numel], region.part_offset)
+    for begin in range(0, region.numel, _BLOCK):
+        indices, addresses = region.elements(begin, min(begin + _BLOCK, region.numel), memory.device)
+        total = total + digest_at(indices, memory[addresses])
+    return total

@@ -3,17 +3,20 @@
 Knows parts, changes and bits; knows nothing of vLLM, files or processes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
 
-from flashrl_rollout.runtime_map import Piece, RuntimePart
+from flashrl_rollout.runtime_map import RuntimePart
 from flashrl_rollout.undo import UndoLog
+from flashrl_rollout.write_group import Written, groups, moved, shifts
 from flashrl_wire.codec import PART_DTYPE
 from flashrl_wire.delta import Change
 from flashrl_wire.digest import PartDigest
+
+# CPU: too small for torch to split over threads, whose barriers cost more than the work; CUDA: bounds scratch memory
+_GROUP_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 Shifts = dict[str, dict[str, PartDigest]]
 """Per part and region key, what an update added to the digest."""
@@ -29,9 +32,11 @@ class TakeBackError(RuntimeError):
 class RuntimeWeights:
     """One pending update at a time: `write`, then `keep` or `revert`."""
 
-    def __init__(self, parts: Mapping[str, RuntimePart], refresh: Refresh) -> None:
+    def __init__(self, parts: Mapping[str, RuntimePart], refresh: Refresh, group_elements: int | None = None) -> None:
         self._parts = parts
         self._refresh = refresh
+        self._device = next((held.memory.device for part in parts.values() for held in part.held), torch.device("cpu"))
+        self._group_elements = group_elements or _GROUP_ELEMENTS.get(self._device.type, 1 << 20)
         self._undo = UndoLog()
         self._touched: set[int] = set()
 
@@ -45,16 +50,14 @@ class RuntimeWeights:
         Raises ValueError for a change that does not fit or a write that does not stick. Whatever is raised, also by
         `changes`, the old values are back, except for TakeBackError, where they could not be put back.
         """
-        shifts: Shifts = {}
         with ExitStack() as unless_whole:
             unless_whole.callback(self._take_back)
             if self._touched:
                 self.revert()  # an update that was neither kept nor taken back, because its caller went away
-            for change in changes:
-                self._write(change, shifts.setdefault(change.part, {}))
+            totals = self._write(map(self._checked, changes))
             self._refresh(self._touched)
             unless_whole.pop_all()
-        return shifts
+        return totals
 
     def revert(self) -> None:
         """Put back what the pending update replaced; nothing where none is pending."""
@@ -73,19 +76,30 @@ class RuntimeWeights:
         except RuntimeError as error:
             raise TakeBackError(f"the old values could not be put back: {error}") from error
 
-    def _write(self, change: Change, shifts: dict[str, PartDigest]) -> None:
-        part = self._checked(change)
-        copies: dict[str, dict[int, PartDigest]] = {}
-        for piece in part.pieces(change):
-            written = copies.setdefault(piece.key, {})
-            written[piece.copy] = written.get(piece.copy, PartDigest()) + self._replace(piece)
-        for key, written in copies.items():
-            first, *others = written.values()
+    def _write(self, changes: Iterable[Change]) -> Shifts:
+        copies: dict[tuple[str, str], dict[int, PartDigest]] = {}
+        for group in groups(changes, self._group_elements):
+            written = [item for change in moved(group, self._device) for item in self._written(change)]
+            for item, shift in zip(written, shifts(written), strict=True):
+                found = copies.setdefault((item.part, item.piece.key), {})
+                found[item.piece.copy] = found.get(item.piece.copy, PartDigest()) + shift
+        totals: Shifts = {}
+        for (part, key), found in copies.items():
+            first, *others = found.values()
             if any(other != first for other in others):
-                raise ValueError(f"two copies of {change.part} differ")
-            shifts[key] = shifts.get(key, PartDigest()) + first
+                raise ValueError(f"two copies of {part} differ")
+            totals.setdefault(part, {})[key] = first
+        return totals
 
-    def _checked(self, change: Change) -> RuntimePart:
+    def _written(self, change: Change) -> Iterator[Written]:
+        for piece in self._parts[change.part].pieces(change):
+            old = piece.memory[piece.where].clone() if isinstance(piece.where, slice) else piece.memory[piece.where]
+            self._undo.add(piece.memory, piece.where, old)
+            self._touched.add(piece.memory.data_ptr())
+            piece.memory[piece.where] = piece.patterns
+            yield Written(change.part, piece, old)
+
+    def _checked(self, change: Change) -> Change:
         part = self._parts.get(change.part)
         if part is None:
             raise ValueError(f"{change.part} is no part of this model")
@@ -94,17 +108,7 @@ class RuntimeWeights:
         low, high = _bounds(change)
         if low < 0 or high > part.spec.numel:
             raise ValueError(f"{change.part} has {part.spec.numel} elements, the change reaches from {low} to {high}")
-        return part
-
-    def _replace(self, piece: Piece) -> PartDigest:
-        old = _read(piece)
-        self._undo.add(piece.memory, piece.where, old)
-        self._touched.add(piece.memory.data_ptr())
-        piece.memory[piece.where] = piece.patterns
-        new = _read(piece)
-        if not torch.equal(new, piece.patterns):
-            raise ValueError("the engine's memory does not hold what was written")
-        return piece.digest(new) - piece.digest(old)
+        return change
 
 
 def _bounds(change: Change) -> tuple[int, int]:
@@ -114,7 +118,3 @@ def _bounds(change: Change) -> tuple[int, int]:
     if change.indices.numel() == 0:
         return 0, 0
     return int(change.indices.min()), int(change.indices.max()) + 1
-
-
-def _read(piece: Piece) -> Tensor:
-    return piece.memory[piece.where].clone()

@@ -6,7 +6,8 @@ the old and new values of the touched elements alone, and a device computes it w
 errors; it is no cryptographic signature. Knows nothing of layouts on a device or of sockets.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,17 +82,35 @@ def digest_at(indices: Tensor, values: Tensor) -> PartDigest:
     return total
 
 
+def digest_segments(indices: Tensor, values: Tensor, lengths: Sequence[int]) -> list[PartDigest]:
+    """`digest_at` of several runs of elements, laid end to end, `lengths[i]` > 0 each: a device is waited for once."""
+    ends = torch.tensor(lengths, device=values.device).cumsum(0) - 1
+    low = _low_lane(indices.clone(), bits(values))
+    lanes = torch.stack((low, _high_lane(low.clone()))).cumsum(1)[:, ends].tolist()
+    totals = [PartDigest(low & _U64, high & _U64) for low, high in zip(*lanes, strict=True)]
+    return [after - before for before, after in itertools.pairwise([PartDigest(), *totals])]
+
+
 def _sum(indices: Tensor, patterns: Tensor) -> PartDigest:
     """Consume `indices`; add up the hashes of (index, pattern)."""
+    mixed = _low_lane(indices, patterns)
+    low = int(mixed.sum()) & _U64
+    return PartDigest(low, int(_high_lane(mixed).sum()) & _U64)
+
+
+def _low_lane(indices: Tensor, patterns: Tensor) -> Tensor:
+    """Consume `indices`; 64 bits of the hash of each (index, pattern)."""
     mask = (1 << (8 * patterns.element_size())) - 1
     values = patterns.long().bitwise_and_(mask).mul_(_VALUE)
     mixed = indices.mul_(_GAMMA).add_(values)
     mixed = _xorshift(mixed, 30).mul_(_MIX1)
     mixed = _xorshift(mixed, 27).mul_(_MIX2)
-    mixed = _xorshift(mixed, 31)
-    low = int(mixed.sum()) & _U64
-    high = int(_xorshift(mixed, 29).mul_(_LANE).sum()) & _U64
-    return PartDigest(low, high)
+    return _xorshift(mixed, 31)
+
+
+def _high_lane(low: Tensor) -> Tensor:
+    """Consume the low lane; the other 64 bits."""
+    return _xorshift(low, 29).mul_(_LANE)
 
 
 def _xorshift(values: Tensor, shift: int) -> Tensor:

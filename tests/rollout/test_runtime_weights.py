@@ -17,7 +17,7 @@ from flashrl_wire.layout import PartSpec
 class Rig:
     """A fused bf16 [4, 6] matrix of parts `a` (rows 0-2) and `b` (row 3), and one fp8 part in a column slice."""
 
-    def __init__(self) -> None:
+    def __init__(self, group_elements: int | None = None) -> None:
         self.fused = torch.arange(24, dtype=torch.float32).view(4, 6).to(torch.bfloat16)
         self.slice = torch.ones(2, 3).to(torch.float8_e4m3fn)
         self.refreshed: list[set[int]] = []
@@ -26,7 +26,7 @@ class Rig:
         b = _run(PartSpec("b", "bf16", (6,)), 18, self.fused)
         region = Region.of(3, 0, iter([Axis(2, 6, 3), Axis(3, 1, 1)]))
         c = RuntimePart(PartSpec("c", "fp8", (2, 6)), (Held(region, patterns_of(self.slice)),))
-        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh)
+        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh, group_elements)
 
     def _refresh(self, touched: set[int]) -> None:
         if self.fail:
@@ -70,10 +70,12 @@ def test_write_changes_exactly_the_named_elements() -> None:
     assert rig.refreshed[-1] == {rig.fused.data_ptr(), rig.slice.data_ptr()}
 
 
-def test_shifts_are_the_difference_of_full_digests() -> None:
-    rig = Rig()
+@pytest.mark.parametrize("group_elements", [1, 2, 5, 13, None])
+def test_shifts_are_the_difference_of_full_digests(group_elements: int | None) -> None:
+    rig = Rig(group_elements)
     before = rig.total()
     shifts = rig.weights.write(_changes())
+    assert (rig.slice.float() == 2).all()
     for name, digest in rig.total().items():
         assert before[name] + sum(shifts[name].values(), PartDigest()) == digest
     assert rig.total()["b"] == digest_range(torch.full((6,), 5.0, dtype=torch.bfloat16))
