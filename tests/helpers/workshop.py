@@ -82,15 +82,22 @@ class Workshop:
         self.started.append(service)
         return service
 
-    def trainer(self, url: str, *arguments: str, variables: dict[str, str] | None = None, **settings: Any) -> Program:
-        """`flashrl-trainer train` with the recipe; `optim__lr=0.1` sets optim.lr."""
+    def trainer(
+        self,
+        url: str,
+        *arguments: str,
+        command: str = "train",
+        variables: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> Program:
+        """`flashrl-trainer` with the recipe; `optim__lr=0.1` sets optim.lr."""
         recipe = self.folder / f"{STEM}.toml"
         if not recipe.exists():
             recipe.write_text(RECIPE)
         values = {"run__dir": self.runs, "rollout__urls": url} | settings
         overrides = [f"--set={key.replace('__', '.')}={value}" for key, value in values.items()]
-        command = ["train", "--config", str(recipe), *overrides, *arguments]
-        self.started.append(Program("trainer", command, self._log(), variables or {}))
+        line = [command, "--config", str(recipe), *overrides, *arguments]
+        self.started.append(Program("trainer", line, self._log(), variables or {}))
         return self.started[-1]
 
     def ranks(self, count: int, url: str, *arguments: str, **settings: Any) -> list[Program]:
