@@ -34,16 +34,16 @@ def sampling_params(sampling: Sampling, n: int, top_logprobs: int) -> SamplingPa
     )
 
 
-def completions(output: RequestOutput, top_logprobs: int, tokenization: Tokenization) -> list[EngineCompletion]:
+def completions(output: RequestOutput, params: SamplingParams, tokenization: Tokenization) -> list[EngineCompletion]:
     """The samples of a finished request in order; EngineError where vLLM gave one up.
 
     The end token, and the tokens of a stop string, belong to `token_ids`; the text ends before them.
     """
     ordered = sorted(output.outputs, key=lambda completion: completion.index)
-    return [_completion(completion, top_logprobs, tokenization) for completion in ordered]
+    return [_completion(completion, params, tokenization) for completion in ordered]
 
 
-def _completion(output: CompletionOutput, top_logprobs: int, tokenization: Tokenization) -> EngineCompletion:
+def _completion(output: CompletionOutput, params: SamplingParams, tokenization: Tokenization) -> EngineCompletion:
     if output.finish_reason not in _FINISHED:
         raise EngineError(f"vLLM ended a sequence with {output.finish_reason!r}")
     token_ids = list(output.token_ids)
@@ -51,12 +51,12 @@ def _completion(output: CompletionOutput, top_logprobs: int, tokenization: Token
     if not isinstance(flat, FlatLogprobs) or output.weight_versions is None or len(flat) != len(token_ids):
         raise EngineError("vLLM gave no log-probability or weight version for a token")
     return EngineCompletion(
-        text=output.text if output.text else tokenization.decode(token_ids),
+        text=output.text if params.detokenize else tokenization.decode(token_ids),
         token_ids=token_ids,
         logprobs=[flat.logprobs[start] for start in flat.start_indices],
         finish_reason=output.finish_reason,
         weight_versions=[(int(span.version), span.start, span.end) for span in output.weight_versions],
-        top_logprobs=_top(flat) if top_logprobs else None,
+        top_logprobs=_top(flat) if params.logprobs else None,
     )
 
 

@@ -56,7 +56,11 @@ class Int8Config(_RowsConfig):
         return 75
 
     def _linear_method(self) -> QuantizeMethodBase:
-        return RowsLinearMethod("int8_rows", CpuInt8() if current_platform.is_cpu() else CudaInt8())
+        if current_platform.is_cpu():
+            return RowsLinearMethod("int8_rows", CpuInt8())
+        if current_platform.has_device_capability(100):
+            raise ValueError("quantization: int8 has no kernel on this GPU (compute capability 10 or newer); use fp8")
+        return RowsLinearMethod("int8_rows", CudaInt8())
 
 
 class Fp8Config(_RowsConfig):

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.linear_method import RowsLinearMethod
 from flashrl_rollout.probe import Landing, probe
-from flashrl_rollout.runtime_map import Held, RuntimePart, patterns_of
+from flashrl_rollout.runtime_map import Held, RuntimePart, check_disjoint, patterns_of
 from flashrl_rollout.runtime_weights import RuntimeWeights, Shifts
 from flashrl_wire.codec import PART_DTYPE
 from flashrl_wire.delta import Change, snapshot
@@ -44,6 +44,7 @@ class RankWeights:
         scales = {spec.name + SCALE_SUFFIX: (spec.shape[0], 1) for spec in tensors if spec.storage != "bf16"}
         found.update(_by_name(probe(model.load_weights, scales, watched)))
         parts = {part.name: _part(part, found.get(part.name, [])) for spec in tensors for part in spec.parts()}
+        check_disjoint(parts)
         refresh = _Refresh(model)
         weights = RuntimeWeights(parts, refresh)
         return cls(tensors, parts, frozenset(checkpoint.shapes.keys() - found.keys()), weights)

@@ -4,7 +4,7 @@ Knows geometry and bits; knows nothing of vLLM, of how the geometry was found, o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -175,6 +175,17 @@ class RuntimePart:
             if found.setdefault(held.region.key, total) != total:
                 raise ValueError(f"two copies of {self.spec.name} differ")
         return found
+
+
+def check_disjoint(parts: Mapping[str, RuntimePart]) -> None:
+    """Raise ValueError where two names must lie in the same memory: they would overwrite each other's updates."""
+    taken: dict[int, int] = {}
+    for name, part in parts.items():
+        for held in part.held:
+            address = held.memory.data_ptr()
+            taken[address] = taken.get(address, 0) + held.region.numel
+            if taken[address] > held.memory.numel():
+                raise ValueError(f"model: {name} shares memory with another tensor, so it cannot be updated in place")
 
 
 def _run(held: Held, start: int, count: int) -> _Found:

@@ -99,7 +99,7 @@ class VllmEngine:
             params = sampling_params(sampling, n, top_logprobs)
             async for output in self._llm.generate(tokens_input(prompt_token_ids), params, request_id):
                 if output.finished:
-                    return completions(output, top_logprobs, self._tokenization)
+                    return completions(output, params, self._tokenization)
         except VllmDeadError as error:
             raise EngineDeadError("the engine has died") from error
         except EngineGenerateError as error:
@@ -198,11 +198,14 @@ class VllmEngine:
                 while not (await asyncio.wait({task}, timeout=_HEARTBEAT_S))[0]:
                     if self._llm.errored:
                         raise EngineDeadError("the engine has died")
-            return task.result()
-        except VllmDeadError as error:
-            raise EngineDeadError("the engine has died") from error
         finally:
             task.cancel()
+        error = task.exception()
+        if isinstance(error, VllmDeadError):
+            raise EngineDeadError("the engine has died") from error
+        if error is not None:  # vLLM passes on whatever happened in the engine's process as a bare Exception
+            raise EngineError(str(error)) from error
+        return task.result()
 
 
 def _nothing() -> None:

@@ -99,6 +99,9 @@ def test_stop_strings_end_the_text_but_keep_their_tokens(int8_engine: Engine, lo
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
     assert len(cut.token_ids) < len(whole.token_ids)
     assert len(cut.logprobs) == len(cut.token_ids)
+    first = sampling.model_copy(update={"stop": [whole.text[0]]})
+    (empty,) = loop.run(int8_engine.generate("r", prompt, 1, first, 0))
+    assert (empty.text, len(empty.token_ids)) == ("", 1)
 
 
 def test_top_logprobs_are_a_sorted_head_of_the_distribution(int8_engine: Engine, loop: LoopThread) -> None:

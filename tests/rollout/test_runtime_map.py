@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, patterns_of
+from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, check_disjoint, patterns_of
 from flashrl_wire.delta import Change
 from flashrl_wire.digest import PartDigest, digest_at, digest_range
 from flashrl_wire.layout import PartSpec
@@ -122,3 +122,15 @@ def test_copies_of_a_part_must_agree() -> None:
     held = (Held(run, patterns_of(torch.zeros(4))), Held(run, patterns_of(torch.ones(4))))
     with pytest.raises(ValueError, match="two copies of w differ"):
         RuntimePart(PartSpec("w", "fp32", (4,)), held).digests()
+
+
+def test_names_that_share_memory_are_refused() -> None:
+    memory = patterns_of(torch.zeros(4))
+    top, bottom, all_of_it = (Region.of(0, at, iter([Axis(n, 1, 1)])) for at, n in ((0, 2), (2, 2), (0, 4)))
+    held = {
+        name: RuntimePart(PartSpec(name, "fp32", (2,)), (Held(region, memory),))
+        for name, region in (("q", top), ("k", bottom))
+    }
+    check_disjoint(held)
+    with pytest.raises(ValueError, match="model: lm_head shares memory"):
+        check_disjoint(held | {"lm_head": RuntimePart(PartSpec("lm_head", "fp32", (4,)), (Held(all_of_it, memory),))})
