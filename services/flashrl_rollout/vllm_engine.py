@@ -220,7 +220,7 @@ def _folder(model: str) -> Path:
 
 
 def _launch(settings: EngineSettings, folder: Path, gauges: Gauges) -> AsyncLLM:
-    logging.getLogger("vllm").setLevel(logging.WARNING)
+    logging.getLogger("vllm").setLevel(settings.environment()["VLLM_LOGGING_LEVEL"])
     is_cpu = current_platform.is_cpu()
     if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
         raise ValueError(f"device: {settings.device} asked for, but vLLM here runs on {current_platform.device_type}")
