@@ -84,19 +84,19 @@ def test_service_that_is_killed_and_restarted_gets_its_weights_again(straight: S
     """Once while an update is sent, once while it samples; the run does not notice in its numbers."""
     ports = free_ports(2)
     service = workshop.service(ports, deaf=True)
-    trainer = workshop.trainer(service.url)
+    trainer = workshop.trainer(service.url, run__steps=2)
     until(lambda: service.is_ready and service.weights()["run_id"], trainer)
     service.kill()
     service = workshop.service(ports, token_s=SLOW_S)
-    until(lambda: len(rows(workshop.run_folder())) == 3 and service.is_sampling, trainer)
+    until(lambda: len(rows(workshop.run_folder())) == 2 and service.is_sampling, trainer)
     service.kill()
     service = workshop.service(ports)
     ended = trainer.wait()
     assert (ended.code, no_traceback(ended)) == (0, True), ended.errors
     assert "the service lost its weights; sending them again" in ended.output
     run = workshop.run_folder()
-    assert [timeless(row) for row in rows(run)] == [timeless(row) for row in rows(straight.folder)]
-    assert (service.weights()["version"], service.weights()["digest"]) == (straight.version, straight.digest)
+    assert [timeless(row) for row in rows(run)] == [timeless(row) for row in rows(straight.folder)[:3]]
+    assert service.weights()["digest"] == state(straight.folder, 2)["digest"]
 
 
 def test_service_that_dies_for_good_ends_the_run_with_a_checkpoint(straight: Straight, workshop: Workshop) -> None:
@@ -130,12 +130,12 @@ def test_weights_that_an_audit_finds_damaged_are_sent_again(straight: Straight, 
         workshop.folder,
         audit_every=1,
     ) as service:
-        ended = workshop.trainer(service.url).wait()
+        ended = workshop.trainer(service.url, run__steps=2).wait()
         assert ended.code == 0, ended.errors
         assert ended.output.count("the service lost its weights; sending them again") == 1
         run = workshop.run_folder()
-        assert [timeless(row) for row in rows(run)] == [timeless(row) for row in rows(straight.folder)]
-        assert service.service.weights_info().digest == straight.digest
+        assert [timeless(row) for row in rows(run)] == [timeless(row) for row in rows(straight.folder)[:3]]
+        assert service.service.weights_info().digest == state(straight.folder, 2)["digest"]
 
 
 def test_service_that_damages_its_weights_every_time_ends_the_run(workshop: Workshop) -> None:
