@@ -11,7 +11,7 @@ from flashrl_rollout.scripted_engine import Faults, ScriptedEngine
 from flashrl_rollout.scripted_folder import open_folder
 from flashrl_wire.digest import bits
 
-SLOW_S = 0.05  # a token; two samples of 8 tokens one after the other: sampling is at work for most of a step
+SLOW_S = 0.03  # a token; two samples of 8 tokens one after the other: sampling is at work for most of a step
 
 
 class DamagedOnce(ScriptedEngine):
