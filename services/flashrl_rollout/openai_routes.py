@@ -1,0 +1,51 @@
+"""vLLM's OpenAI routes and its token-in, token-out route, added to an app of ours for an engine that runs already.
+
+Knows vLLM's routers and what they expect of an app; knows nothing of admission, weights or our own routes.
+"""
+
+import asyncio
+from argparse import Namespace
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
+from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completions
+from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
+from vllm.entrypoints.scale_out.token_in_token_out.api_router import attach_router as attach_tokens
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+
+async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
+    """Add the routes, their state and vLLM's exception handlers to an empty FastAPI app; `model` is the name served.
+
+    vLLM's `build_app` would bring its own health, metrics, CORS and routes that abort anybody's request.
+    """
+    arguments = await asyncio.to_thread(_arguments, model)
+    await init_app_state(llm, app.state, arguments, await llm.get_supported_tasks())
+    app.state.server = SimpleNamespace(should_exit=False)  # vLLM's handlers set it; the process is ended by ours
+    for attach in (attach_models, attach_chat, attach_completions, attach_tokens):
+        attach(app)
+    init_exception_handler(app)
+    app.exception_handler(EngineDeadError)(_engine_is_dead)
+
+
+def _arguments(model: str) -> Namespace:
+    """vLLM's defaults for everything but the name."""
+    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    arguments.model, arguments.served_model_name = model, [model]
+    return arguments
+
+
+async def _engine_is_dead(request: Request, error: EngineDeadError) -> JSONResponse:
+    """503: a supervisor starts the service again, so that trying again later is right."""
+    found = create_error_response("the engine has died", "not_ready", HTTPStatus.SERVICE_UNAVAILABLE)
+    return JSONResponse(found.model_dump(), found.error.code, {"retry-after": "2"})
