@@ -50,6 +50,10 @@ class EngineError(Exception):
     """The engine could not do what it was asked; its weights are as they were before the call."""
 
 
+class CopiesDifferError(EngineError):
+    """Copies of one weight, in several ranks or engines, are not equal."""
+
+
 class EngineDeadError(EngineError):
     """The engine is gone; nothing but a restart helps."""
 
@@ -87,7 +91,7 @@ class Engine(Protocol):
         """Every stored tensor."""
 
     async def digests(self) -> dict[str, PartDigest]:
-        """Digest of every part, computed now from what the engine computes with."""
+        """Digest of every part, computed now from what the engine computes with; CopiesDifferError."""
 
     async def apply(self, update: StagedUpdate) -> dict[str, PartDigest]:
         """Write a staged update in place, keep the old values aside; EngineError: nothing changed."""

@@ -6,7 +6,7 @@ Regions that several ranks hold are counted once and must agree. Knows replies a
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flashrl_rollout.engine import EngineDeadError, EngineError
+from flashrl_rollout.engine import CopiesDifferError, EngineDeadError, EngineError
 from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import TensorSpec, WeightLayout
 
@@ -33,13 +33,13 @@ def layout(replies: Sequence[Reply]) -> WeightLayout:
 
 
 def digests(replies: Sequence[Reply]) -> dict[str, PartDigest]:
-    """Digest, or shift of the digest, of every part; EngineError where two ranks' copies of a region differ."""
+    """Digest, or shift of the digest, of every part; CopiesDifferError where two ranks' copies of a region do."""
     regions: dict[tuple[str, str], str] = {}
     for reply in replies:
         for part, found in reply["digests"].items():
             for key, digest in found.items():
                 if regions.setdefault((part, key), digest) != digest:
-                    raise EngineError(f"two ranks hold different copies of {part}")
+                    raise CopiesDifferError(f"two ranks hold different copies of {part}")
     total: dict[str, PartDigest] = {}
     for (part, _), digest in regions.items():
         total[part] = total.get(part, PartDigest()) + PartDigest.from_hex(digest)

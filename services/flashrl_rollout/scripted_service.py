@@ -17,6 +17,7 @@ from flashrl_rollout import startup
 from flashrl_rollout.cli import USAGE_ERROR, set_up_logging
 from flashrl_rollout.config import load_config
 from flashrl_rollout.engine import Engine, EngineInfo
+from flashrl_rollout.engine_group import EngineGroup
 from flashrl_rollout.scripted_engine import Faults, ScriptedEngine
 from flashrl_rollout.serving import serve
 from flashrl_rollout.stored_state import random_parts
@@ -37,7 +38,13 @@ def scripted_layout(rows: int = 64) -> WeightLayout:
 
 
 async def start_engine(options: dict[str, Any]) -> Engine:
-    """`options`: rows and seed of the weights or a model's folder, start_s, start_error, token_s, faults by name."""
+    """`options`: rows and seed of the weights or a model's folder, start_s, start_error, token_s, faults by name.
+
+    `engines`, a list of options that differ from engine to engine, makes a group.
+    """
+    if "engines" in options:
+        common = {name: value for name, value in options.items() if name != "engines"}
+        return await EngineGroup.of([await start_engine(common | own) for own in options["engines"]])
     await asyncio.sleep(options.get("start_s", 0.0))
     if "start_error" in options:
         raise ValueError(options["start_error"])

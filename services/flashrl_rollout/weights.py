@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from flashrl_rollout.engine import Engine, EngineDeadError, EngineError
+from flashrl_rollout.engine import CopiesDifferError, Engine, EngineDeadError, EngineError
 from flashrl_rollout.versions import VersionGate
 from flashrl_wire import digest
 from flashrl_wire.digest import PartDigest
@@ -174,13 +174,20 @@ class Weights:
     async def audit(self) -> bool:
         """Whether the digest of everything the engine computes with is what it should be; if not, it is poisoned."""
         async with self._lock:
-            found = await self._engine.digests()
-            differing = sorted(name for name in self.parts if found.get(name) != self._digests[name])
-            if differing and not self.poisoned:
-                logger.error("audit: %d parts differ from what was committed, first %s", len(differing), differing[0])
+            fault = await self._found_fault()
+            if fault and not self.poisoned:
+                logger.error("audit: %s", fault)
                 self.poisoned = True
                 self._fence(was_poisoned=False)
-            return not differing
+            return not fault
+
+    async def _found_fault(self) -> str:
+        try:
+            found = await self._engine.digests()
+        except CopiesDifferError as error:
+            return str(error)
+        differing = sorted(name for name in self.parts if found.get(name) != self._digests[name])
+        return f"{len(differing)} parts differ from what was committed, first {differing[0]}" if differing else ""
 
 
 def poisoned_error() -> NotReadyError:

@@ -16,7 +16,8 @@ from flashrl_rollout import startup, stored_state
 from flashrl_rollout.app import create_app
 from flashrl_rollout.assembly import assemble
 from flashrl_rollout.config import RolloutConfig
-from flashrl_rollout.engine import EngineInfo
+from flashrl_rollout.engine import Engine, EngineInfo
+from flashrl_rollout.engine_group import EngineGroup
 from flashrl_rollout.scripted_engine import ScriptedEngine
 from flashrl_rollout.service import Parts, Service
 from flashrl_wire.layout import TensorSpec, WeightLayout
@@ -41,6 +42,7 @@ class Rig:
     trainer: WireTrainer
     stage_dir: Path
     port: int
+    engines: tuple[ScriptedEngine, ...]
 
     def state(self, seed: int) -> stored_state.Parts:
         """Another stored state for the same layout."""
@@ -99,9 +101,13 @@ class Rig:
         return list(reply.json()["results"][0]["completions"][0]["token_ids"])
 
 
+def _engine(token_s: float) -> ScriptedEngine:
+    return ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO, end_token=None, token_s=token_s)
+
+
 @asynccontextmanager
 async def running(
-    stage_root: Path, *, token: str | None = None, token_s: float = 0.0, **settings: object
+    stage_root: Path, *, token: str | None = None, token_s: float = 0.0, engines: int = 1, **settings: object
 ) -> AsyncIterator[Rig]:
     """A service with `settings` on free ports, until the block ends."""
     config = RolloutConfig.model_validate(
@@ -110,7 +116,8 @@ async def running(
     bound = startup.bind(config, {} if token is None else {"FLASHRL_TOKEN": token})
     bound.receiver.start()
     service = Service()
-    engine = ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO, end_token=None, token_s=token_s)
+    scripted = tuple(_engine(token_s) for _ in range(engines))
+    engine: Engine = scripted[0] if engines == 1 else await EngineGroup.of(scripted)
     app = create_app(service, token=bound.token, max_body_bytes=config.max_body_mib << 20)
     service.parts = await assemble(config, engine, bound.receiver, bound.stage_dir, service.metrics.count_update)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -118,7 +125,7 @@ async def running(
     wire = Wire(bound.receiver.port)
     async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=headers, timeout=20) as http:
         try:
-            yield Rig(engine, service, http, WireTrainer(http, wire), stage_root, bound.receiver.port)
+            yield Rig(scripted[0], service, http, WireTrainer(http, wire), stage_root, bound.receiver.port, scripted)
         finally:
             wire.close()
             await service.parts.store.close(5.0)

@@ -216,6 +216,15 @@ def test_engine_that_dies_ends_the_process_with_1(start: Any) -> None:
     assert (code, "the engine has died" in log) == (1, True)
 
 
+def test_one_of_several_engines_that_dies_ends_the_process_with_1(start: Any) -> None:
+    running = start({"engines": [{}, {"faults": {"die_after_requests": 0}}]})
+    with httpx.Client(base_url=running.url(), timeout=TIMEOUT_S) as http:
+        assert http.post("/generate", json={"prompts": ["hi"]}).status_code == 200  # the first engine's
+        assert http.post("/generate", json={"prompts": ["hi", "ho"]}).status_code == 503
+    code, log = running.end()
+    assert (code, "the engine has died" in log) == (1, True)
+
+
 def test_engine_that_does_not_start_is_one_line_and_1(start: Any) -> None:
     code, log = start({"start_error": "device: there is\nno such thing"}).end()
     assert code == 1
