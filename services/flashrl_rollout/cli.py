@@ -5,7 +5,6 @@ Knows the commands and exit codes; knows nothing of how any of it works.
 
 import asyncio
 import dataclasses
-import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,8 @@ import typer
 
 from flashrl_rollout.config import RolloutConfig, load_config
 from flashrl_rollout.security import write_keys
+from flashrl_rollout.logs import set_up_logging
+from flashrl_rollout.measure.command import measure
 
 if TYPE_CHECKING:  # torch and vllm take seconds, which --help and a mistyped flag should not
     from flashrl_rollout.engine import Engine
@@ -87,8 +88,9 @@ def serve(
     flags = {name: value for name, value in ctx.params.items() if value is not None and name != "config"}
     try:
         settings = load_config(config, os.environ, flags)
-        set_up_logging(settings.log_level)
+        set_up_logging(settings.log_level, settings.log_format)
         from flashrl_rollout.model_check import check_model
+    log_format: Annotated[str | None, _flag("log_format")] = None,
 
         check_model(settings.model)
         from flashrl_rollout import serving, startup
@@ -114,12 +116,6 @@ def _import_vllm() -> "type[VllmEngine]":
     from flashrl_rollout.vllm_engine import VllmEngine
 
     return VllmEngine
-
-
-def set_up_logging(level: str) -> None:
-    """Log lines with time and level to standard error."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # the model hub's client
 
 
 @app.command()

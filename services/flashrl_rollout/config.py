@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flashrl_wire.messages import PauseMode, Quantization
+from flashrl_rollout.layer_selection import QuantizeLayers
+from flashrl_rollout.logs import LogFormat
+from flashrl_rollout.precision_file import read_precision
 
 ENV_PREFIX = "FLASHRL_ROLLOUT_"
 
@@ -105,6 +108,7 @@ def _read(file: Path | None) -> dict[str, object]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config: {file}: {getattr(error, 'strerror', None) or error}") from error
 
+    log_format: LogFormat = Field("text", description="Form of log lines; json: one object a line")
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {

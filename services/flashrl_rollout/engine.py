@@ -3,15 +3,20 @@
 Knows nothing of vLLM, HTTP or ZeroMQ. `vllm_engine` is the real one, `scripted_engine` a deterministic double.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp
 
 from flashrl_rollout.staged import StagedUpdate
 from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Quantization, Sampling
+
+NUM_SEQUENCES = "flashrl.num_sequences"
+"""Key of a `standard_app`'s scope: how many sequences the request asks for."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class EngineInfo:
     vocab_size: int
     max_model_len: int
     tokenizer_hash: str
+    kv_cache_dtype: str = "auto"
+    kv_cache_tokens: int = field(default=0, compare=False)  # what memory was free, not what the model is
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,12 @@ class EngineCompletion:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges for `/metrics`."""
+    """Gauges for `/metrics`; `generated_tokens` counts from the engine's start."""
 
     running: int = 0
     waiting: int = 0
     extra: Mapping[str, float] = field(default_factory=dict)
+    generated_tokens: int = 0
 
 
 class EngineError(Exception):
@@ -104,6 +112,9 @@ class Engine(Protocol):
 
     async def keep(self, version: int) -> None:
         """Drop the old values; tokens from now on belong to `version`; forget every cached key and value."""
+
+    async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp | None:
+        """vLLM's own HTTP routes for this engine, in a FastAPI app that `empty_app` makes; None where it has none."""
 
     async def stats(self) -> EngineStats:
         """Gauges."""

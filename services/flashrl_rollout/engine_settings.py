@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
+from flashrl_rollout.layer_selection import LayerSelection, QuantizeLayers
+from flashrl_rollout.logs import ENGINE_CONFIG, LogFormat
 
 from flashrl_rollout.parent_watch import WATCH_PARENT
 from flashrl_wire.messages import Quantization
@@ -40,12 +42,23 @@ class EngineSettings:
         variables = {
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker inherits locks that the parent's threads hold
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    request_timeout_s: float = 600.0
+    log_format: LogFormat = "text"
+
+    def layer_selection(self) -> LayerSelection:
+        """Which layers are quantized."""
+        return LayerSelection(keep_bf16=self.keep_bf16, quantize_layers=self.quantize_layers)
+
+    def kv_cache_bytes(self, is_cpu: bool) -> int | None:
+        """Bytes for keys and values; None (CUDA): what vLLM finds to be left of `gpu_memory_utilization`."""
+        gib = self.kv_cache_gib or (_CPU_CACHE_GIB / self.engines if is_cpu else 0.0)
+        return int(gib * (1 << 30)) or None
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
             "VLLM_ENGINE_READY_TIMEOUT_S": str(int(self.start_timeout_s)),
             WATCH_PARENT: "1",
         }
-        if find_spec("flashinfer") is None:
-            variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        if self.log_format == "json" and "VLLM_LOGGING_CONFIG_PATH" not in os.environ:
+            variables["VLLM_LOGGING_CONFIG_PATH"] = str(ENGINE_CONFIG)
         if "VLLM_PLUGINS" in os.environ:
             variables["VLLM_PLUGINS"] = os.environ["VLLM_PLUGINS"] + ",flashrl"
         if self.threads:

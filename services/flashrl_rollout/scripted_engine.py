@@ -5,11 +5,13 @@ For tests of everything around an engine. Knows the update protocol and how to b
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from starlette.types import ASGIApp
 
 from flashrl_rollout import stored_state
 from flashrl_rollout.engine import EngineCompletion, EngineDeadError, EngineError, EngineInfo, EngineStats
@@ -88,6 +90,7 @@ class ScriptedEngine:
         self._is_alive = True
         self._requests = 0
         self.running_requests = 0
+        self.generated_tokens = 0
         self._admits, self._steps = _set_event(), _set_event()
         self._idle = _set_event()
 
@@ -145,6 +148,7 @@ class ScriptedEngine:
             token, logprob = self._draw(prompt, seed, tokens)
             tokens.append(token)
             logprobs.append(logprob)
+            self.generated_tokens += 1
             spans = _extend(spans, self._version, len(tokens))
             text = self._tokenizer.decode(tokens)
         reason = "stop" if self._is_stopped(tokens, text, sampling.stop) else "length"
@@ -242,9 +246,13 @@ class ScriptedEngine:
         self._version = version
         self._digest = stored_state.combined(self._layout, stored_state.digests(self.parts))
 
+    async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp | None:
+        """It has no routes of its own."""
+        return None
+
     async def stats(self) -> EngineStats:
         """Requests at work."""
-        return EngineStats(running=self.running_requests)
+        return EngineStats(running=self.running_requests, generated_tokens=self.generated_tokens)
 
     async def close(self) -> None:
         """Die."""

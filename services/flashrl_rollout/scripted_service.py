@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from flashrl_rollout import startup
-from flashrl_rollout.cli import USAGE_ERROR, set_up_logging
+from flashrl_rollout.cli import USAGE_ERROR
 from flashrl_rollout.config import load_config
 from flashrl_rollout.engine import Engine, EngineInfo
 from flashrl_rollout.engine_group import EngineGroup
+from flashrl_rollout.logs import set_up_logging
 from flashrl_rollout.scripted_engine import Faults, ScriptedEngine
 from flashrl_rollout.serving import serve
 from flashrl_rollout.stored_state import random_parts
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> int:
     options = json.loads(arguments[0]) if arguments else {}
     try:
         config = load_config(None, os.environ, {"model": "scripted"})
-        set_up_logging(config.log_level)
+        set_up_logging(config.log_level, config.log_format)
         bound = startup.bind(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,20 +3,26 @@
 Knows the states and who answers in which; knows nothing of HTTP or of how the parts are built.
 """
 
+import asyncio
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from flashrl_rollout.engine import Engine
 from flashrl_rollout.generation import Generator
 from flashrl_rollout.history import History
 from flashrl_rollout.lease import RunLease
+from flashrl_rollout.meter import INTERVAL_S, Meter
 from flashrl_rollout.metrics import Metrics
 from flashrl_rollout.receiver import Receiver
+from flashrl_rollout.standard_routes import StandardRoutes
 from flashrl_rollout.store import WeightStore
 from flashrl_rollout.versions import VersionGate
 from flashrl_rollout.weights import Weights
 from flashrl_wire.errors import NotReadyError
-from flashrl_wire.messages import WeightsInfo
+from flashrl_wire.messages import Quantization, WeightsInfo
+
+Phase = Literal["starting", "ready", "updating", "paused", "poisoned", "stopping", "dead"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,21 @@ class Parts:
     lease: RunLease
     history: History
     receiver: Receiver
+    standard: StandardRoutes | None
 
 
 class Service:
-    """Holds the parts; NotReadyError says why while there are none, or none to be used."""
+    """Holds the parts; NotReadyError says why while there are none, or none to be used.
 
-    def __init__(self) -> None:
+    `model` and `quantization` are what it was asked to serve, for people who look while it loads.
+    """
+
+    def __init__(self, model: str = "", quantization: Quantization | Literal[""] = "") -> None:
+        self.model, self.quantization = model, quantization
         self.metrics = Metrics()
+        self.meter = Meter()
         self.parts: Parts | None = None
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._refusal: NotReadyError | None = None
 
     def stop(self, reason: str) -> None:
@@ -57,7 +69,7 @@ class Service:
         if self._refusal is not None:
             raise NotReadyError(self._refusal.message)
         if self.parts is None:
-            raise NotReadyError(f"starting: loading the model for {time.monotonic() - self._began:.0f} s")
+            raise NotReadyError(f"starting: loading the model for {time.monotonic() - self.began:.0f} s")
         if not self.parts.engine.is_alive:
             raise NotReadyError("the engine has died")
         return self.parts
@@ -77,6 +89,7 @@ class Service:
             digest=weights.digest,
             quantization=info.quantization,
             storage_bytes=weights.layout.num_bytes,
+            quantized_fraction=weights.layout.quantized_fraction,
             last_update=parts.history.last_update,
             model=info.model,
             layout_hash=weights.layout.hash,
@@ -88,20 +101,26 @@ class Service:
             poisoned=weights.poisoned,
         )
 
-    async def metrics_text(self) -> bytes:
-        """The text of /metrics, with gauges as of now."""
+    @property
+    def phase(self) -> Phase:
+        """What it is doing, in a word."""
         parts = self.parts
-        self.metrics.set_gauges({"ready": float(parts is not None and self._refusal is None)})
-        if parts is not None and parts.engine.is_alive:
-            stats = await parts.engine.stats()
-            values = {
-                "running_sequences": stats.running,
-                "waiting_sequences": stats.waiting,
-                "active_requests": parts.gate.active_requests,
-                "active_sequences": parts.gate.active_sequences,
-                "weight_version": parts.weights.version,
-                "poisoned": parts.weights.poisoned,
-                "malformed_frames": parts.receiver.malformed_frames,
-            }
-            self.metrics.set_gauges({name: float(value) for name, value in (values | dict(stats.extra)).items()})
-        return self.metrics.text()
+        if parts is not None and not parts.engine.is_alive:
+            return "dead"
+        if self._refusal is not None:
+            return "stopping"
+        if parts is None:
+            return "starting"
+        if parts.weights.poisoned and not parts.gate.is_closed_by("commit"):
+            return "poisoned"
+        if parts.gate.is_closed_by("pause"):
+            return "paused"
+        return "updating" if parts.gate.is_closed_by("commit") else "ready"
+
+    async def keep_time(self) -> None:
+        """Read the engine's count of tokens at a steady pace, until cancelled."""
+        while True:
+            if self.parts is not None:
+                stats = await self.parts.engine.stats()
+                self.meter.sample(time.monotonic(), stats.generated_tokens)
+            await asyncio.sleep(INTERVAL_S)

@@ -43,7 +43,7 @@ class ServiceProcess:
 
     def __init__(self, config: RolloutConfig, bound: Bound, start_engine: StartEngine) -> None:
         self._config, self._bound, self._start_engine = config, bound, start_engine
-        self._service = Service()
+        self._service = Service(config.model, config.quantization)
         self._stop = asyncio.Event()
         self.is_loading_abandoned = False
         app = create_app(self._service, token=bound.token, max_body_bytes=config.max_body_mib << 20)
@@ -68,9 +68,11 @@ class ServiceProcess:
         serving.add_done_callback(lambda _: self._stop.set())
         try:
             return await self._run()
+        timekeeping = asyncio.create_task(self._service.keep_time())
         finally:
             self._http.should_exit = True
             await serving
+            timekeeping.cancel()
             self._bound.close()
 
     async def _run(self) -> int:

@@ -88,9 +88,10 @@ class WeightStore:
         """Await the chunks of `manifest`; the WireError of `check_manifest`, or UpdateInProgressError."""
         self._lease.check(manifest.run_id)
         self._check_idle(manifest.run_id)
-        check_manifest(manifest, self._base(), self._settings.max_update_bytes)
-        self._stage_dir.check_room(staged_bytes(manifest.segments))
-        active = ActiveTransfer(self._transfer(manifest))
+        with self._history.refusing(manifest.kind, manifest.version, manifest.run_id):
+            check_manifest(manifest, self._base(), self._settings.max_update_bytes)
+            self._stage_dir.check_room(staged_bytes(manifest.segments))
+            active = ActiveTransfer(self._transfer(manifest))
         self._lease.take(manifest.run_id)
         self._active = active
         active.watch = asyncio.create_task(self._watch(active))
@@ -160,10 +161,13 @@ class WeightStore:
         """End a transfer without effect; nothing where it has ended already."""
         if self._active is not active:
             return
-        logger.warning("transfer %s of run %s ended: %s", active.id, active.transfer.manifest.run_id, error)
         self._end(active, error)
         self._receiver.finish(Failed(active.id, error.code, error.message[:_MESSAGE_CHARACTERS]))
-        self._history.on_result(result or error.code, None)
+        self._failed(active, result or error.code, error)
+
+    def _failed(self, active: ActiveTransfer, result: str, error: WireError) -> None:
+        manifest = active.transfer.manifest
+        self._history.fail(manifest.kind, manifest.version, result, error.message, manifest.run_id)
 
     def _end(self, active: ActiveTransfer, outcome: CommitReply | WireError) -> None:
         self._active = None
@@ -199,7 +203,7 @@ class WeightStore:
         except DrainTimeoutError as error:
             active.commit = None  # still staged: the trainer may try again
             active.transfer.touch()
-            self._history.on_result(error.code, None)
+            self._failed(active, error.code, error)
             raise
         except WireError as error:
             self._drop(active, error)
@@ -213,7 +217,7 @@ class WeightStore:
         )
         self._lease.take(manifest.run_id)
         self._end(active, reply)
-        if self._history.commit(manifest.kind, reply, time.monotonic() - active.began):
+        if self._history.commit(manifest.kind, reply, time.monotonic() - active.began, manifest.run_id):
             self._spawn(self._audit())  # after the gate has opened: it may take longer than a pause should
         return reply
 
@@ -223,7 +227,7 @@ class WeightStore:
         except EngineError as error:
             logger.error("the audit could not run: %s", error)
         else:
-            self._history.on_result("audit_passed" if passed else "audit_failed", None)
+            self._history.audit(self._weights.version, passed)
 
     def abort(self, transfer_id: str) -> None:
         """Drop a transfer; harmless when repeated. UnknownTransferError for one never begun or already committed."""
@@ -239,7 +243,8 @@ class WeightStore:
 
     async def load_checkpoint(self, request: LoadCheckpoint) -> CommitReply:
         """Replace all weights by those of a folder on this machine's disk."""
-        folder = await asyncio.to_thread(resolve_checkpoint, request.path, self._settings.checkpoint_roots)
+        with self._history.refusing("checkpoint", request.version):
+            folder = await asyncio.to_thread(resolve_checkpoint, request.path, self._settings.checkpoint_roots)
         self._check_idle(None)
         if self._weights.poisoned:
             raise poisoned_error()
@@ -251,10 +256,11 @@ class WeightStore:
         try:
             pause_ms = await self._weights.replace(lambda: self._engine.load_checkpoint(folder), version, None)
         except EngineFailedError as error:  # what it was given is the likeliest cause
-            self._history.on_result(BadUpdateError.code, None)
-            raise BadUpdateError(f"{folder.name} was not loaded: {error}") from error
+            bad = BadUpdateError(f"{folder.name} was not loaded: {error}")
+            self._history.fail("checkpoint", version, bad.code, bad.message)
+            raise bad from error
         except WireError as error:
-            self._history.on_result(error.code, None)
+            self._history.fail("checkpoint", version, error.code, error.message)
             raise
         finally:
             self._loading = None

@@ -20,7 +20,7 @@ class VersionGate:
         self.version = 0
         self.active_sequences = 0
         self.active_requests = 0
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._admit_timeout_s = admit_timeout_s
         self._closed_by: set[Reason] = set()
         self._fence_error: WireError | None = None

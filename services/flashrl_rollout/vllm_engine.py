@@ -25,6 +25,7 @@ from flashrl_rollout.engine_settings import EngineSettings, environment
 from flashrl_rollout.gauges import Gauges
 from flashrl_rollout.staged import StagedUpdate
 from flashrl_rollout.tokenization import Tokenization
+from flashrl_rollout.device_memory import DeviceMemory
 from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Sampling
@@ -43,7 +44,8 @@ class VllmEngine:
     def __init__(self, llm: AsyncLLM, settings: EngineSettings, gauges: Gauges) -> None:
         self._llm = llm
         self._gauges = gauges
-        self._tokenization = Tokenization(llm.get_tokenizer())
+        self._device_memory = DeviceMemory(settings.tensor_parallel_size)
+        self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
         self._is_lost = False
         config = llm.model_config
@@ -176,7 +178,8 @@ class VllmEngine:
 
     async def stats(self) -> EngineStats:
         """Gauges."""
-        return self._gauges.stats()
+        stats = self._gauges.stats()
+        return replace(stats, extra={**stats.extra, **self._device_memory.gauges()})
 
     async def close(self) -> None:
         """Stop the engine and its processes."""

@@ -25,11 +25,13 @@ LIMIT_S = 20.0
 class LiveService:
     """Serves from `live` on; `engine` and `service` belong to its thread's event loop."""
 
-    def __init__(self, make_engine: Callable[[], ScriptedEngine], config: RolloutConfig) -> None:
+    def __init__(
+        self, make_engine: Callable[[], ScriptedEngine], config: RolloutConfig, token: str | None = None
+    ) -> None:
         self.service = Service()
         self.engine: ScriptedEngine
         self._make_engine, self._config = make_engine, config
-        self._bound: Bound = startup.bind(config, {})
+        self._bound: Bound = startup.bind(config, {} if token is None else {"FLASHRL_TOKEN": token})
         self._ready, self._stop = threading.Event(), asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -59,17 +61,19 @@ class LiveService:
         self._loop, bound = asyncio.get_running_loop(), self._bound
         bound.receiver.start()
         self.engine = self._make_engine()
-        app = create_app(self.service, token=None, max_body_bytes=self._config.max_body_mib << 20)
+        app = create_app(self.service, token=bound.token, max_body_bytes=self._config.max_body_mib << 20)
         parts = await assemble(
             self._config, self.engine, bound.receiver, bound.stage_dir, self.service.metrics.count_update
         )
         self.service.parts = parts
+        timekeeping = asyncio.create_task(self.service.keep_time())
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, timeout_graceful_shutdown=1)
         )
         serving = asyncio.create_task(server.serve(sockets=[bound.http]))
         self._ready.set()  # the socket listens already
         await self._stop.wait()
+        timekeeping.cancel()
         server.should_exit = True
         await serving
         await parts.store.close(1.0)
@@ -78,11 +82,15 @@ class LiveService:
 
 @contextmanager
 def live(
-    make_engine: Callable[[], ScriptedEngine], stage_root: Path, ports: tuple[int, int] = (0, 0), **settings: object
+    make_engine: Callable[[], ScriptedEngine],
+    stage_root: Path,
+    ports: tuple[int, int] = (0, 0),
+    token: str | None = None,
+    **settings: object,
 ) -> Iterator[LiveService]:
     """A service with `settings` until the block ends."""
     values = {"model": "scripted", "port": ports[0], "weights_port": ports[1], "stage_root": stage_root}
-    service = LiveService(make_engine, RolloutConfig.model_validate(values | settings))
+    service = LiveService(make_engine, RolloutConfig.model_validate(values | settings), token)
     service.start()
     try:
         yield service
