@@ -16,13 +16,13 @@ def resolve_checkpoint(path: str, roots: Sequence[Path]) -> Path:
     """
     try:
         folder = Path(path).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a loop of links
+        _check_inside(folder, roots)
+        if not folder.is_dir():
+            raise InvalidFieldError(f"path: {path} is not a folder")
+        for entry in folder.iterdir():
+            _check_inside(entry.resolve(), roots)
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a loop of links, a long name, a closed folder
         raise InvalidFieldError(f"path: {error}") from error
-    _check_inside(folder, roots)
-    if not folder.is_dir():
-        raise InvalidFieldError(f"path: {path} is not a folder")
-    for entry in folder.iterdir():
-        _check_inside(entry.resolve(), roots)
     return folder
 
 

@@ -59,6 +59,8 @@ class Generator:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _generate(self, request: GenerateRequest) -> GenerateResponse:
+        if request.sampling.temperature == 0 and request.n > 1:
+            raise InvalidFieldError(f"n: samples at temperature 0 are all the same one, got {request.n}", field="n")
         prompts = await self._encode(request)
         async with self._gate.admitted(len(prompts) * request.n, request.min_weight_version) as version:
             samples = await self._sample(prompts, request)

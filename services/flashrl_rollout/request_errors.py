@@ -18,7 +18,7 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], content_type: str) -> W
     # a value that fits no member of a union has a complaint a member; the deepest is the member that was meant
     worst = max(errors, key=lambda error: len(error["loc"]))
     field = _field(worst["loc"])
-    return InvalidFieldError(f"{field}: {worst['msg']}", field=field)
+    return InvalidFieldError(f"{field}: {worst['msg'].removeprefix('Value error, ')}", field=field)
 
 
 def _field(location: Sequence[str | int]) -> str:

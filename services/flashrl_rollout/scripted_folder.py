@@ -40,7 +40,7 @@ def open_folder(
     layout = folder_layout(folder, quantization)
     config = json.loads((folder / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenization = Tokenization(tokenizer)
+    tokenization = Tokenization(tokenizer, config["max_position_embeddings"])
     info = EngineInfo(
         model=str(folder),
         quantization=quantization,

@@ -16,6 +16,7 @@ from flashrl_rollout.app import create_app
 from flashrl_rollout.assembly import assemble
 from flashrl_rollout.config import RolloutConfig
 from flashrl_rollout.engine import Engine, EngineError
+from flashrl_rollout.http_limits import LimitedHttp
 from flashrl_rollout.service import Parts, Service
 from flashrl_rollout.startup import Bound
 from flashrl_rollout.waiting import waiting_line
@@ -50,6 +51,7 @@ class ServiceProcess:
         self._http = _HttpServer(
             uvicorn.Config(
                 app,
+                http=LimitedHttp,
                 log_config=None,
                 log_level="warning",
                 access_log=False,

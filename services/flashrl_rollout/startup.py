@@ -4,6 +4,7 @@ Knows addresses, files and keys; knows nothing of engines or routes.
 """
 
 import os
+import resource
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from flashrl_rollout.security import check_exposure, read_keys, read_token
 from flashrl_rollout.stage_dir import StageDir
 
 _BACKLOG = 2048
+_OPEN_FILES = 65536
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Bound:
 
 def bind(config: RolloutConfig, environ: Mapping[str, str] = os.environ) -> Bound:
     """Read the secrets and take both ports; ValueError names the setting that stands in the way."""
+    _allow_many_connections()
     token = read_token(config.token_file, environ)
     keys = read_keys(config.keys_dir) if config.keys_dir else None
     check_exposure(config.host, token, keys)
@@ -55,6 +58,14 @@ def bind(config: RolloutConfig, environ: Mapping[str, str] = os.environ) -> Boun
         receiver.stop()
         raise
     return Bound(http, receiver, stage_dir, token)
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit of open files, often 1024, towards the hard one: every connection is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

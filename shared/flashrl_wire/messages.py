@@ -5,43 +5,72 @@ Imports without torch, so that any client can use it; knows nothing of servers, 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 from flashrl_wire import CODEC_VERSION, PROTOCOL_VERSION
 from flashrl_wire.layout import PartDtype
 
 Quantization = Literal["int8", "fp8", "none"]
 PauseMode = Literal["keep", "drain"]
-TokenId = Annotated[int, Field(ge=0)]
-Prompt = str | list[TokenId] | list[dict[str, str]]
-
 MAX_PROMPTS = 4096
 MAX_SAMPLES = 1024
+COLDEST = 0.01
+"""The lowest temperature above zero: logits divided by less overflow."""
+
+_INT64 = 1 << 63
+TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
+Version = Annotated[int, Field(ge=0, lt=_INT64)]
+
+
+class _FailFast(FailFast):
+    """A long list that is wrong throughout would otherwise cost a complaint for every item of it."""
+
+    __hash__ = object.__hash__  # a member of a union must have one
+
+
+def _whole(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half of a character at {error.start}") from None
+    return value
+
+
+_QUICK = _FailFast()
+Text = Annotated[str, AfterValidator(_whole)]
+"""Text that can be written as UTF-8; JSON's escapes can also name a lone surrogate."""
+Prompt = Text | Annotated[list[TokenId], _QUICK] | Annotated[list[dict[Text, Text]], _QUICK]
 
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _temperature(value: float) -> float:
+    if 0 < value < COLDEST:
+        raise ValueError(f"must be 0 (greedy) or at least {COLDEST}")
+    return value
+
+
 class Sampling(_Message):
     """How to draw tokens; the defaults are the plain softmax that importance sampling assumes."""
 
-    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    temperature: Annotated[float, AfterValidator(_temperature)] = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1)
-    max_tokens: int = Field(256, ge=1)
-    seed: int | None = Field(None, ge=0, lt=1 << 63)
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default_factory=list, max_length=16)
+    top_k: int = Field(-1, ge=-1, lt=1 << 31)
+    max_tokens: int = Field(256, ge=1, lt=1 << 31)
+    seed: int | None = Field(None, ge=0, lt=_INT64)
+    stop: list[Annotated[Text, Field(min_length=1, max_length=256)]] = Field(default_factory=list, max_length=16)
 
 
 class GenerateRequest(_Message):
     """`{"prompts": ["2+2=", [17, 4], [{"role": "user", "content": "hi"}]], "n": 8}`: text, token ids or chat."""
 
-    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS)
+    prompts: Annotated[list[Prompt], _QUICK] = Field(min_length=1, max_length=MAX_PROMPTS)
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     sampling: Sampling = Field(default_factory=Sampling)
     top_logprobs: int = Field(0, ge=0, le=20)
-    min_weight_version: int = Field(0, ge=0)
+    min_weight_version: Version = 0
 
 
 class Completion(_Message):
@@ -90,12 +119,18 @@ class LastUpdate(_Message):
 
 
 class WeightsInfo(_Message):
-    """`GET /weights`: what a trainer compares before anything else, and what settles a lost reply."""
+    """`GET /weights`: what a trainer compares before anything else, and what settles a lost reply.
+
+    `quantized_fraction` is the share of all elements that are codes. A trainer ignores facts that it does not know.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     version: int
     digest: str
     quantization: Quantization
     storage_bytes: int
+    quantized_fraction: float | None = None
     last_update: LastUpdate | None
     protocol: int = PROTOCOL_VERSION
     codec: int = CODEC_VERSION
@@ -112,19 +147,19 @@ class WeightsInfo(_Message):
 class Segment(_Message):
     """Where a part's changes lie in the raw stream: `count` values behind `count` gaps, or a dense range."""
 
-    part: str = Field(max_length=512)
+    part: Text = Field(max_length=512)
     dtype: PartDtype
     encoding: Literal["sparse", "dense"]
-    start: int = Field(0, ge=0)
-    count: int = Field(gt=0)
-    wide: int = Field(0, ge=0)
+    start: int = Field(0, ge=0, lt=_INT64)
+    count: int = Field(gt=0, lt=_INT64)
+    wide: int = Field(0, ge=0, lt=_INT64)
 
 
 class Chunk(_Message):
     """One compressed block of the raw stream and the xxh3_64 of its wire bytes, hex."""
 
-    raw_bytes: int = Field(gt=0)
-    wire_bytes: int = Field(gt=0)
+    raw_bytes: int = Field(gt=0, lt=_INT64)
+    wire_bytes: int = Field(gt=0, lt=_INT64)
     hash: str = Field(pattern="^[0-9a-f]{16}$")
 
 
@@ -138,14 +173,14 @@ class Manifest(_Message):
     protocol: int = PROTOCOL_VERSION
     codec: int = CODEC_VERSION
     run_id: str = Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9._-]+$")
-    base_version: int = Field(ge=0)
+    base_version: Version
     base_digest: Digest
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, lt=_INT64)
     digest: Digest
     layout_hash: Digest
-    changed_elements: int = Field(ge=0)
-    segments: list[Segment]
-    chunks: list[Chunk]
+    changed_elements: int = Field(ge=0, lt=_INT64)
+    segments: Annotated[list[Segment], _QUICK]
+    chunks: Annotated[list[Chunk], _QUICK]
 
     @property
     def wire_bytes(self) -> int:
@@ -162,8 +197,8 @@ class LoadCheckpoint(_Message):
     """Load and quantize a Hugging Face folder on the service's disk, and call it `version`."""
 
     kind: Literal["checkpoint"]
-    path: str = Field(min_length=1, max_length=4096)
-    version: int = Field(ge=0)
+    path: Text = Field(min_length=1, max_length=4096)
+    version: Version
 
 
 LoadWeights = Annotated[LoadCheckpoint | Manifest, Field(discriminator="kind")]

@@ -15,14 +15,46 @@ REPLY = CommitReply(version=1, digest="0" * 32, pause_ms=1.5, changed_elements=2
 
 def test_leftovers_of_a_crash_are_removed_at_the_next_start(tmp_path: Path) -> None:
     first = StageDir(tmp_path, 8001)
-    first.file("crashed").write_bytes(b"x")
     other = StageDir(tmp_path, 8002)
-    other.file("alive").write_bytes(b"x")
+    first.close()
+    first.path.mkdir(mode=0o700)
+    for stage_dir in (first, other):
+        stage_dir.file("left").write_bytes(b"x")
     second = StageDir(tmp_path, 8001)
-    assert not second.file("crashed").exists()
-    assert other.file("alive").exists()
+    assert not second.file("left").exists()
+    assert other.file("left").exists()
     second.close()
     assert not second.path.exists()
+
+
+def test_folder_of_a_running_service_is_refused(tmp_path: Path) -> None:
+    first = StageDir(tmp_path, 8001)
+    first.file("staged").write_bytes(b"x")
+    with pytest.raises(ValueError, match="stage_root: another service stages in"):
+        StageDir(tmp_path, 8001)
+    assert first.file("staged").exists()
+    first.close()
+    StageDir(tmp_path, 8001).close()
+
+
+def test_folder_that_vanished_is_made_again(tmp_path: Path) -> None:
+    stage_dir = StageDir(tmp_path, 1)
+    stage_dir.path.rmdir()
+    stage_dir.check_room(1000)
+    assert stage_dir.path.stat().st_mode & 0o777 == 0o700
+    stage_dir.path.rmdir()
+    tmp_path.joinpath("elsewhere").mkdir(mode=0o700)
+    stage_dir.path.symlink_to(tmp_path / "elsewhere")  # somebody was faster
+    with pytest.raises(TooLargeError, match="belongs to another user"):
+        stage_dir.check_room(1000)
+    stage_dir.close()
+
+
+def test_folder_with_other_files_is_left(tmp_path: Path) -> None:
+    stage_dir = StageDir(tmp_path, 1)
+    (stage_dir.path / "note").write_text("not ours")
+    stage_dir.close()
+    assert (stage_dir.path / "note").exists()
 
 
 def test_folder_that_others_could_swap_is_refused(tmp_path: Path) -> None:

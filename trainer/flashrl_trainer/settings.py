@@ -112,7 +112,7 @@ class SamplingSettings(Section):
 
     prompts_per_step: int = Field(1024, ge=1, description="Groups of unequal rewards wanted in a step")
     samples_per_prompt: int = Field(5, ge=2, description="Completions in a group")
-    temperature: float = Field(1.0, gt=0, description="The trainer's logits are divided by it too")
+    temperature: float = Field(1.0, ge=0.01, le=2, description="The trainer's logits are divided by it too")
     top_p: float = Field(1.0, description="Must be 1")
     top_k: int = Field(-1, description="Must be -1")
     min_p: float = Field(0.0, description="Must be 0")
