@@ -52,6 +52,9 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="TOML file whose keys are these names, with _ for -")] = None,
     model: Annotated[str | None, _flag("model")] = None,
     quantization: Annotated[str | None, _flag("quantization")] = None,
+    quantize_layers: Annotated[str | None, _flag("quantize_layers")] = None,
+    keep_bf16: Annotated[str | None, _flag("keep_bf16")] = None,
+    precision_file: Annotated[str | None, _flag("precision_file")] = None,
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[str | None, _flag("port")] = None,
     weights_port: Annotated[str | None, _flag("weights_port")] = None,
@@ -128,6 +131,9 @@ def keys(folder: Annotated[Path, typer.Argument(help="New folder for the keys")]
     except OSError as error:
         fail(f"cannot write {error.filename}: {error.strerror}")
     typer.echo(_KEYS_WRITTEN.format(folder=folder))
+
+
+app.command()(measure)
 
 
 def fail(message: str) -> NoReturn:

@@ -8,10 +8,13 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from flashrl_rollout.layer_selection import QuantizeLayers
+from flashrl_rollout.precision_file import read_precision
 from flashrl_wire.messages import PauseMode, Quantization
 from flashrl_rollout.layer_selection import QuantizeLayers
 from flashrl_rollout.logs import LogFormat
@@ -25,6 +28,19 @@ def _split(value: Any) -> Any:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
+def _split_commas(value: Any) -> Any:
+    """`*.o_proj,*.down_proj` from a flag and `["*.o_proj", "*.down_proj"]` from TOML both become names."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _layers(value: Any) -> Any:
+    """One complaint for all that a union would complain of."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number in ("auto", "all") or (type(number) is int and number >= 0):
+        return number
+    raise PydanticCustomError("layers", "should be auto, all or a number of elements")
+
+
 class RolloutConfig(BaseModel):
     """All settings; `load_config` makes one. A name is also a TOML key, FLASHRL_ROLLOUT_NAME and --name."""
 
@@ -32,6 +48,13 @@ class RolloutConfig(BaseModel):
 
     model: str = Field(min_length=1, description="Hugging Face folder, or a name on the model hub")
     quantization: Quantization = Field("int8", description="How linear layers are stored and computed")
+    quantize_layers: Annotated[QuantizeLayers, BeforeValidator(_layers)] = Field(
+        "auto", description="auto: layers where 8 bits pay; all; or the least number of elements N * K of a layer"
+    )
+    keep_bf16: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+        (), description="Patterns over names of modules that stay bf16, such as *.down_proj"
+    )
+    precision_file: Path | None = Field(None, description="The last two, as `flashrl-rollout measure` wrote them")
     host: str = Field(
         "127.0.0.1", min_length=1, description="Address of both ports; beyond loopback needs token and keys"
     )
@@ -94,10 +117,20 @@ def load_config(file: Path | None, environ: Mapping[str, str], flags: Mapping[st
             values[key] = value
             upper, dashed = key.upper(), key.replace("_", "-")
             origins[key] = origin.format(file=file, prefix=ENV_PREFIX, upper=upper, dashed=dashed)
+    for key, value in _measured(values).items():  # what is said anywhere else wins
+        if key not in values:
+            values[key], origins[key] = value, str(values["precision_file"])
     try:
         return RolloutConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(_one_line(error, origins)) from None
+
+
+def _measured(values: Mapping[str, object]) -> dict[str, Any]:
+    file, quantization = values.get("precision_file"), values.get("quantization", "int8")
+    if not isinstance(file, str | Path) or quantization not in get_args(Quantization):
+        return {}
+    return read_precision(Path(file), cast(Quantization, quantization))
 
 
 def _read(file: Path | None) -> dict[str, object]:

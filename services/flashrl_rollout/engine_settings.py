@@ -12,6 +12,7 @@ from typing import Literal
 from flashrl_rollout.layer_selection import LayerSelection, QuantizeLayers
 from flashrl_rollout.logs import ENGINE_CONFIG, LogFormat
 
+from flashrl_rollout.layer_selection import LayerSelection, QuantizeLayers
 from flashrl_rollout.parent_watch import WATCH_PARENT
 from flashrl_wire.messages import Quantization
 
@@ -26,6 +27,8 @@ class EngineSettings:
 
     model: str
     quantization: Quantization = "none"
+    quantize_layers: QuantizeLayers = "auto"
+    keep_bf16: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int = 0
@@ -36,6 +39,10 @@ class EngineSettings:
     seed: int = 0
     threads: int = 0
     start_timeout_s: float = 1800.0
+
+    def layer_selection(self) -> LayerSelection:
+        """Which layers are quantized."""
+        return LayerSelection(keep_bf16=self.keep_bf16, quantize_layers=self.quantize_layers)
 
     def environment(self) -> dict[str, str]:
         """Variables for the engine's processes; logging and usage statistics can be set from outside."""

@@ -4,12 +4,15 @@ A kernel computes straight from the layer's stored tensors, or from a packed cop
 nothing of loading, names or updates.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+
+from flashrl_wire.quantize import RowStorage
 
 _SMALLEST_FP8_SCALE = 1.0 / (448.0 * 512.0)  # the floor that vLLM's CUDA kernel puts under an activation's scale
 _PRIMITIVES = 32  # oneDNN primitives kept per layer, one for each batch size seen
@@ -92,6 +95,22 @@ class CpuFp8:
         out = functional.linear(codes, self._codes) * x_scale * scale.t()
         out = out if bias is None else out + bias
         return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def device() -> Literal["cpu", "cuda"]:
+    """Where the kernels of this installation of vLLM run."""
+    return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def make_kernel(storage: RowStorage) -> Kernel:
+    """A layer's kernel on this device; ValueError where there is none."""
+    if current_platform.is_cpu():
+        return CpuInt8() if storage == "int8_rows" else CpuFp8()
+    if storage == "int8_rows" and current_platform.has_device_capability(100):
+        raise ValueError("quantization: int8 has no kernel on this GPU (compute capability 10 or newer); use fp8")
+    if storage == "fp8_rows" and not current_platform.has_device_capability(89):
+        raise ValueError("quantization: fp8 has no kernel on this GPU (compute capability below 8.9); use int8")
+    return CudaInt8() if storage == "int8_rows" else CudaFp8()
 
 
 def _renewed(held: ops.CPUDNNLGEMMHandler | None, packed: ops.CPUDNNLGEMMHandler) -> ops.CPUDNNLGEMMHandler:

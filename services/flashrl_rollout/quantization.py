@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from flashrl_rollout.kernels import CpuFp8, CpuInt8, CudaFp8, CudaInt8
+from flashrl_rollout.kernels import make_kernel
+from flashrl_rollout.layer_selection import LayerSelection
 from flashrl_rollout.linear_method import Bf16CpuLinearMethod, RowsLinearMethod
 from flashrl_wire.quantize import CODE_DTYPE
 
 
 class _RowsConfig(QuantizationConfig):  # type: ignore[misc]
-    """Every linear layer by rows; embeddings, lm_head, norms and attention stay bf16."""
+    """The selected linear layers by rows; the others, embeddings, lm_head, norms and attention stay bf16."""
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16]
@@ -38,7 +40,14 @@ class _RowsConfig(QuantizationConfig):  # type: ignore[misc]
             raise ValueError(
                 f"quantization: {prefix} is a mixture of experts, which {self.get_name()} does not support"
             )
-        return self._linear_method() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            return None
+        return self._linear_method() if self._quantizes(layer, prefix) else _bf16_method()
+
+    def _quantizes(self, layer: LinearBase, prefix: str) -> bool:
+        selection = LayerSelection.of(get_current_vllm_config().additional_config)
+        device = current_platform.device_type
+        return selection.quantizes(prefix, self.packed_modules_mapping, _num_elements(layer), device)
 
     def _linear_method(self) -> QuantizeMethodBase:
         raise NotImplementedError
@@ -56,11 +65,7 @@ class Int8Config(_RowsConfig):
         return 75
 
     def _linear_method(self) -> QuantizeMethodBase:
-        if current_platform.is_cpu():
-            return RowsLinearMethod("int8_rows", CpuInt8())
-        if current_platform.has_device_capability(100):
-            raise ValueError("quantization: int8 has no kernel on this GPU (compute capability 10 or newer); use fp8")
-        return RowsLinearMethod("int8_rows", CudaInt8())
+        return RowsLinearMethod("int8_rows", make_kernel("int8_rows"))
 
 
 class Fp8Config(_RowsConfig):
@@ -75,7 +80,7 @@ class Fp8Config(_RowsConfig):
         return 89
 
     def _linear_method(self) -> QuantizeMethodBase:
-        return RowsLinearMethod("fp8_rows", CpuFp8() if current_platform.is_cpu() else CudaFp8())
+        return RowsLinearMethod("fp8_rows", make_kernel("fp8_rows"))
 
 
 class Bf16CpuConfig(_RowsConfig):
@@ -91,6 +96,19 @@ class Bf16CpuConfig(_RowsConfig):
 
     def _linear_method(self) -> QuantizeMethodBase:
         return Bf16CpuLinearMethod()
+
+
+def _num_elements(layer: LinearBase) -> int:
+    """N * K of the whole layer, in which key and value heads that several ranks hold count once."""
+    rows = layer.output_size
+    if isinstance(layer, QKVParallelLinear):
+        queries, *others = layer.output_sizes
+        rows = queries + sum(others) // layer.num_kv_head_replicas
+    return int(rows * layer.input_size)
+
+
+def _bf16_method() -> QuantizeMethodBase:
+    return Bf16CpuLinearMethod() if current_platform.is_cpu() else UnquantizedLinearMethod()
 
 
 def register_all() -> None:

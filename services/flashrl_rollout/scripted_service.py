@@ -53,7 +53,8 @@ async def start_engine(options: dict[str, Any]) -> Engine:
     if "folder" in options:
         from flashrl_rollout.scripted_folder import open_folder  # transformers takes seconds
 
-        return open_folder(Path(options["folder"]), options.get("quantization", "int8"), token_s=token_s, faults=faults)
+        kept, quantization = options.get("keep_bf16", ()), options.get("quantization", "int8")
+        return open_folder(Path(options["folder"]), quantization, keep_bf16=kept, token_s=token_s, faults=faults)
     layout = scripted_layout(options.get("rows", 64))
     info = EngineInfo("scripted", "int8", VOCAB_SIZE, MAX_MODEL_LEN, "0" * 32)
     parts = random_parts(layout, options.get("seed", 0))
@@ -70,7 +71,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return serve(config, bound, lambda: start_engine({"quantization": config.quantization} | options))
+    chosen = {"quantization": config.quantization, "keep_bf16": config.keep_bf16}
+    return serve(config, bound, lambda: start_engine(chosen | options))
 
 
 if __name__ == "__main__":

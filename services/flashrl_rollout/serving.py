@@ -87,9 +87,7 @@ class ServiceProcess:
                 self._config, engine, bound.receiver, bound.stage_dir, self._service.metrics.count_update
             )
             self._service.parts = parts
-            logger.info(
-                "ready on http://%s:%d, weights on port %d", self._config.host, bound.http_port, bound.receiver.port
-            )
+            self._announce(parts.weights.layout.quantized_fraction)
             code = await self._watch(parts)
             await self._drain(parts)
             return code
@@ -98,6 +96,17 @@ class ServiceProcess:
             return FAILED
         finally:
             await engine.close()
+
+    def _announce(self, quantized: float) -> None:
+        """Say where the service listens, and what share of the weights is in 8 bits."""
+        host, port, weights_port = self._config.host, self._bound.http_port, self._bound.receiver.port
+        share = f"{quantized:.0%} of them in 8 bits"
+        logger.info("ready on http://%s:%d, weights on port %d, %s", host, port, weights_port, share)
+        if not quantized and self._config.quantization != "none":
+            logger.warning(
+                "quantization: %s pays for no layer of this model, so all stay bf16; --quantize-layers all forces it",
+                self._config.quantization,
+            )
 
     async def _engine(self) -> Engine | None:
         """The started engine; None where it cannot be started or is no longer wanted."""

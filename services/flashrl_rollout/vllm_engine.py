@@ -23,6 +23,7 @@ from flashrl_rollout.completions import completions, sampling_params
 from flashrl_rollout.engine import EngineCompletion, EngineDeadError, EngineError, EngineInfo, EngineStats
 from flashrl_rollout.engine_settings import EngineSettings, environment
 from flashrl_rollout.gauges import Gauges
+from flashrl_rollout.packed_layers import check_patterns
 from flashrl_rollout.staged import StagedUpdate
 from flashrl_rollout.tokenization import Tokenization
 from flashrl_rollout.device_memory import DeviceMemory
@@ -245,5 +246,8 @@ def _launch(settings: EngineSettings, folder: Path, gauges: Gauges) -> AsyncLLM:
         logprobs_mode="processed_logprobs",
         seed=settings.seed,
         worker_extension_cls=_WORKER,
+        additional_config=settings.layer_selection().additional_config(),
     )
+    if settings.keep_bf16:
+        check_patterns(settings.layer_selection(), arguments.create_model_config(), folder)
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[gauges.factory])

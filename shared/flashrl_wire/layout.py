@@ -83,6 +83,12 @@ class WeightLayout:
         return sum(part.num_bytes for part in self.parts())
 
     @property
+    def quantized_fraction(self) -> float:
+        """Share of all elements that are codes, 0 to 1."""
+        sizes = [(math.prod(spec.shape), spec.storage != "bf16") for spec in self.tensors]
+        return sum(size for size, is_quantized in sizes if is_quantized) / max(1, sum(size for size, _ in sizes))
+
+    @property
     def hash(self) -> str:
         """xxh3_128 of the canonical JSON, hex; equal hashes mean equal layouts."""
         rows = [[spec.name, list(spec.shape), spec.storage] for spec in self.tensors]
