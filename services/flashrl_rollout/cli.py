@@ -62,6 +62,7 @@ def serve(
     keys_dir: Annotated[str | None, _flag("keys_dir")] = None,
     device: Annotated[str | None, _flag("device")] = None,
     tensor_parallel_size: Annotated[str | None, _flag("tensor_parallel_size")] = None,
+    engines: Annotated[str | None, _flag("engines")] = None,
     max_model_len: Annotated[str | None, _flag("max_model_len")] = None,
     max_num_seqs: Annotated[str | None, _flag("max_num_seqs")] = None,
     gpu_memory_utilization: Annotated[str | None, _flag("gpu_memory_utilization")] = None,
@@ -69,6 +70,7 @@ def serve(
     enforce_eager: Annotated[bool | None, typer.Option(help="No CUDA graphs and no compilation")] = None,
     seed: Annotated[str | None, _flag("seed")] = None,
     threads: Annotated[str | None, _flag("threads")] = None,
+    output_interval: Annotated[str | None, _flag("output_interval")] = None,
     start_timeout_s: Annotated[str | None, _flag("start_timeout_s")] = None,
     max_waiting: Annotated[str | None, _flag("max_waiting")] = None,
     request_timeout_s: Annotated[str | None, _flag("request_timeout_s")] = None,
@@ -108,7 +110,9 @@ async def _start_vllm(config: RolloutConfig) -> "Engine":
     from flashrl_rollout.engine_settings import EngineSettings
 
     engine = await asyncio.to_thread(_import_vllm)  # takes 15 s, in which /health must answer
-    return await engine.start(EngineSettings(**{name: getattr(config, name) for name in _names(EngineSettings)}))
+    from flashrl_rollout.engine_start import start_engines
+    settings = EngineSettings(**{name: getattr(config, name) for name in _names(EngineSettings)})
+    return await start_engines(settings, engine.starter(settings.engines))
 
 
 def _names(settings: type) -> list[str]:

@@ -62,13 +62,28 @@ class RolloutConfig(BaseModel):
     weights_port: int = Field(8001, ge=0, le=65535, description="ZeroMQ port of weight updates; 0: any free one")
     token_file: Path | None = Field(None, description="File with the API token, where FLASHRL_TOKEN is not set")
     keys_dir: Path | None = Field(None, description="Folder `service` that `flashrl-rollout keys` made")
+    engines: int = Field(
+        1, ge=1, le=16, description="Copies of the engine on the same devices, each with its own process and weights"
+    )
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine computes")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices that share one copy of the model")
     max_model_len: int = Field(0, ge=0, description="Longest prompt and response in tokens; 0: the model's")
-    max_num_seqs: int = Field(256, ge=1, description="Sequences that the engine works on at a time")
-    gpu_memory_utilization: float = Field(0.6, gt=0, le=1, description="Share of the GPU's memory (CUDA)")
-    kv_cache_gib: float = Field(1.0, gt=0, description="Memory for keys and values (CPU)")
+    max_num_seqs: int = Field(256, ge=1, description="Sequences that all engines work on at a time")
+    gpu_memory_utilization: float = Field(
+        0.6, gt=0, le=1, description="Share of the GPU's memory for all engines (CUDA)"
+    )
+    kv_cache_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Memory for keys and values of all engines; 0: on the CPU 1, on CUDA what the share leaves",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="How keys and values are kept: auto as the model computes, fp8 for twice as many tokens"
+    output_interval: int = Field(
+        32, ge=1, le=1024, description="Tokens of a sequence that the engine passes on at a time; 1: as they are drawn"
+    )
+    )
     enforce_eager: bool = Field(False, description="No CUDA graphs and no compilation: starts faster, samples slower")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of requests that bring none")
     threads: int = Field(0, ge=0, description="OpenMP threads of each engine process (CPU); 0: vLLM binds the cores")

@@ -30,6 +30,7 @@ class EngineSettings:
     quantize_layers: QuantizeLayers = "auto"
     keep_bf16: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engines: int = 1
     tensor_parallel_size: int = 1
     max_model_len: int = 0
     max_num_seqs: int = 256
@@ -37,6 +38,7 @@ class EngineSettings:
     kv_cache_gib: float = 1.0
     enforce_eager: bool = False
     seed: int = 0
+    output_interval: int = 32
     threads: int = 0
     start_timeout_s: float = 1800.0
 

@@ -24,7 +24,7 @@ def check_memory(folder: Path, settings: EngineSettings, device_bytes: int) -> N
     needed, share = least_weight_bytes(folder, settings), int(settings.gpu_memory_utilization * device_bytes)
     setting = "gpu_memory_utilization"
     if settings.kv_cache_gib:  # vLLM then looks at no share: weights and cache may take the whole device
-        setting, share = "kv_cache_gib", device_bytes - int(settings.kv_cache_gib * _GIB)
+        setting, share = "kv_cache_gib", device_bytes // settings.engines - int(settings.kv_cache_gib * _GIB)
     if needed >= share:
         engines = f" ({settings.engines} engines share the device)" if settings.engines > 1 else ""
         raise ValueError(

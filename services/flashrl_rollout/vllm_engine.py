@@ -5,7 +5,8 @@ Knows vLLM's pausing, weight versions and worker calls; knows nothing of HTTP, t
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.usage.usage_lib import UsageContext
 
 from flashrl_rollout import rank_replies
 from flashrl_rollout.completions import completions, sampling_params
@@ -26,8 +28,15 @@ from flashrl_rollout.gauges import Gauges
 from flashrl_rollout.packed_layers import check_patterns
 from flashrl_rollout.staged import StagedUpdate
 from flashrl_rollout.tokenization import Tokenization
+from flashrl_rollout.engine_start import StartEngine
 from flashrl_rollout.device_memory import DeviceMemory
+from flashrl_rollout.openai_routes import add_standard_routes
+from flashrl_rollout.memory_check import check_memory
+from flashrl_rollout.model_check import check_folder
+from flashrl_rollout.model_limits import check_supported
 from flashrl_wire.digest import PartDigest
+from flashrl_rollout.schedulers import INTERVAL_KEY
+from flashrl_rollout.shared_metrics import SharedMetrics
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Sampling
 
@@ -37,6 +46,10 @@ _CALL_TIMEOUT_S = 1800.0
 _HEARTBEAT_S = 0.5
 _SHUTDOWN_S = 20.0
 _MODES = {"keep": "keep", "drain": "wait"}
+_SCHEDULERS = {
+    "cpu": "flashrl_rollout.schedulers.HoldingScheduler",
+    "cuda": "flashrl_rollout.schedulers.HoldingAsyncScheduler",
+}
 
 
 class VllmEngine:
@@ -59,12 +72,21 @@ class VllmEngine:
         )
 
     @classmethod
-    async def start(cls, settings: EngineSettings) -> "VllmEngine":
-        """Load the model, find its tensors, warm up; ValueError for settings or models that cannot work."""
+    def starter(cls, engines: int) -> StartEngine:
+        """Starts each of so many engines of one process."""
+        metrics = SharedMetrics(engines)
+        return lambda settings, index: cls.start(settings, metrics.loggers(index))
+
+    @classmethod
+    async def start(cls, settings: EngineSettings, loggers: Sequence[Any] = ()) -> "VllmEngine":
+        """Load the model, find its tensors, warm up; ValueError for settings or models that cannot work.
+
+        `loggers` are vLLM's factories of loggers besides its own.
+        """
         folder = await asyncio.to_thread(_folder, settings.model)
         gauges = Gauges()
         with environment(settings.environment()):
-            llm = await asyncio.to_thread(_launch, settings, folder, gauges)
+            llm = await asyncio.to_thread(_launch, settings, folder, [gauges.factory, *loggers])
         try:
             engine = cls(llm, settings, gauges)
             await engine._open(folder)
@@ -223,7 +245,7 @@ def _folder(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
 
 
-def _launch(settings: EngineSettings, folder: Path, gauges: Gauges) -> AsyncLLM:
+def _launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> AsyncLLM:
     logging.getLogger("vllm").setLevel(settings.environment()["VLLM_LOGGING_LEVEL"])
     is_cpu = current_platform.is_cpu()
     if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
@@ -246,8 +268,22 @@ def _launch(settings: EngineSettings, folder: Path, gauges: Gauges) -> AsyncLLM:
         logprobs_mode="processed_logprobs",
         seed=settings.seed,
         worker_extension_cls=_WORKER,
-        additional_config=settings.layer_selection().additional_config(),
+        async_scheduling=None if is_cpu else True,
+        scheduler_cls=_SCHEDULERS["cpu" if is_cpu else "cuda"] if settings.output_interval > 1 else None,
+        additional_config={**settings.layer_selection().additional_config(), INTERVAL_KEY: settings.output_interval},
     )
-    if settings.keep_bf16:
-        check_patterns(settings.layer_selection(), arguments.create_model_config(), folder)
-    return AsyncLLM.from_engine_args(arguments, stat_loggers=[gauges.factory])
+    try:
+        config = arguments.create_model_config()
+        check_supported(config)
+        if settings.keep_bf16:
+            check_patterns(settings.layer_selection(), config, folder)
+        # the limits of vLLM's own server; without a context a step has 2048 tokens at most, also on the largest GPU
+        return AsyncLLM.from_engine_args(
+            arguments, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers
+        )
+    except ValidationError as error:  # its text has several lines, one of them an address
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    if is_cpu and settings.kv_cache_dtype == "fp8" and not torch.cpu.get_capabilities().get("avx512_f"):
+        raise ValueError("kv_cache_dtype: on a CPU fp8 needs AVX-512, which this one has not")
+    if not is_cpu:
+        check_memory(folder, settings, current_platform.get_device_total_memory())
