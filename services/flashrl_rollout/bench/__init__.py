@@ -1,0 +1,1 @@
+"""`flashrl-rollout bench`: the service against the bare engine, and precisions against each other, in one run."""
