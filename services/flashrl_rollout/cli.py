@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import typer
 
+from flashrl_rollout.bench.command import bench
 from flashrl_rollout.config import RolloutConfig, load_config
 from flashrl_rollout.security import write_keys
 from flashrl_rollout.logs import set_up_logging
@@ -137,6 +138,7 @@ def keys(folder: Annotated[Path, typer.Argument(help="New folder for the keys")]
     typer.echo(_KEYS_WRITTEN.format(folder=folder))
 
 
+app.command()(bench)
 app.command()(measure)
 
 
