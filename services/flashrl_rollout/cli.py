@@ -5,6 +5,7 @@ Knows the commands and exit codes; knows nothing of how any of it works.
 
 import asyncio
 import dataclasses
+import gc
 import os
 import sys
 from pathlib import Path
@@ -113,7 +114,10 @@ async def _start_vllm(config: RolloutConfig) -> "Engine":
     engine = await asyncio.to_thread(_import_vllm)  # takes 15 s, in which /health must answer
     from flashrl_rollout.engine_start import start_engines
     settings = EngineSettings(**{name: getattr(config, name) for name in _names(EngineSettings)})
-    return await start_engines(settings, engine.starter(settings.engines))
+    started = await start_engines(settings, engine.starter(settings.engines))
+    gc.collect()
+    gc.freeze()  # what torch and vLLM have made so far stays; walking over all of it would hold up every request
+    return started
 
 
 def _names(settings: type) -> list[str]:

@@ -4,6 +4,7 @@ Registers the quantization methods and, in an engine of ours, the watch over its
 """
 
 import os
+import logging
 
 from flashrl_rollout.parent_watch import WATCH_PARENT, watch_parent
 
@@ -15,3 +16,14 @@ def register() -> None:
     register_all()
     if os.environ.get(WATCH_PARENT) == "1":
         watch_parent()
+        # vLLM warns, with every start, of schedulers that are not its own; an engine of ours has one
+        logging.getLogger("vllm.config.scheduler").addFilter(lambda record: "custom scheduler" not in record.msg)
+
+
+def _register_backend() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    with suppress(ValueError):  # it is there already
+        WeightTransferEngineFactory.register_engine(
+            "flashrl", "flashrl_rollout.transfer_backend", "FlashrlTransferEngine"
+        )
