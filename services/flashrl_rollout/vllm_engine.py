@@ -44,6 +44,7 @@ _WORKER = "flashrl_rollout.worker.WorkerExtension"
 _METHODS = {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
 _CALL_TIMEOUT_S = 1800.0
 _HEARTBEAT_S = 0.5
+_DEATH_NOTICE_S = 1.0
 _SHUTDOWN_S = 20.0
 _MODES = {"keep": "keep", "drain": "wait"}
 _SCHEDULERS = {
@@ -230,8 +231,17 @@ class VllmEngine:
         if isinstance(error, VllmDeadError):
             raise EngineDeadError("the engine has died") from error
         if error is not None:  # vLLM passes on whatever happened in the engine's process as a bare Exception
+            if await self._dies():
+                raise EngineDeadError("the engine has died") from error
             raise EngineError(str(error)) from error
         return task.result()
+
+    async def _dies(self) -> bool:
+        """Whether the engine is dead or about to be: calls fail a moment before vLLM knows that a worker is gone."""
+        deadline = asyncio.get_running_loop().time() + _DEATH_NOTICE_S
+        while not self._llm.errored and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_DEATH_NOTICE_S / 20)
+        return bool(self._llm.errored)
 
 
 def _nothing() -> None:
