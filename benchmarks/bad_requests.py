@@ -1,6 +1,6 @@
 """Requests that a service has to refuse, each with the statuses that are an answer to it.
 
-Knows bodies and paths; knows nothing of how they are sent. Vocabulary and context are those of the tiny model or smaller.
+Knows bodies and paths; knows nothing of how they are sent. They fit any model up to the tiny one.
 """
 
 import json
@@ -55,7 +55,13 @@ def _malformed() -> Iterator[BadRequest]:
     for name, body in bodies.items():
         for path in ("/generate", "/load_weights"):
             yield _post(name, path, body, 400)
-    for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded", "application/xml", "\t"):
+    for kind in (
+        "text/plain",
+        "multipart/form-data",
+        "application/x-www-form-urlencoded",
+        "application/xml",
+        "no type",
+    ):
         yield _post(f"type {kind!r}", "/generate", good, 400, content_type=kind)
     for text in (b"[]", b'"hi"', b"7", b"null", b"true", b"{}", b""):
         yield _post(f"no object {text!r}", "/generate", text, 422)

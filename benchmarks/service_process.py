@@ -3,6 +3,7 @@
 Knows the command line and three routes; knows nothing of what is measured.
 """
 
+import json
 import os
 import signal
 import socket
@@ -21,11 +22,21 @@ STOP_DEADLINE_S = 60.0
 
 
 class ServiceProcess:
-    """A running service; `url` is where it answers."""
+    """A running service; `url` is where it answers, `exit_code` is known once it has ended."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, weights_port: int, process: "subprocess.Popen[bytes]") -> None:
+        self.url, self.weights_port, self._process = url, weights_port, process
         self._http = httpx.Client(base_url=url, timeout=600.0)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
 
     def weights(self) -> dict[str, Any]:
         """`GET /weights`."""
@@ -52,13 +63,33 @@ class ServiceProcess:
 @contextmanager
 def service(model: str, quantization: str, log: Path, *flags: str) -> Iterator[ServiceProcess]:
     """A service on free ports, ready; RuntimeError with its log's end if it does not get ready."""
+    arguments = ["flashrl_rollout", "serve", "--model", model, "--quantization", quantization, *flags]
+    with _running(arguments, log, {}) as running:
+        yield running
+
+
+@contextmanager
+def scripted_service(log: Path, options: dict[str, Any], **settings: object) -> Iterator[ServiceProcess]:
+    """The same around the engine that computes no model; `options` are its own, `settings` those of every service."""
+    with _running(["flashrl_rollout.scripted_service", json.dumps(options)], log, settings) as running:
+        yield running
+
+
+@contextmanager
+def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> Iterator[ServiceProcess]:
     http_port, weights_port = _free_port(), _free_port()
-    command = [sys.executable, "-m", "flashrl_rollout", "serve", "--model", model, "--quantization", quantization]
-    command += ["--port", str(http_port), "--weights-port", str(weights_port), *flags]
+    values = {"port": http_port, "weights_port": weights_port} | settings
+    variables = {f"FLASHRL_ROLLOUT_{name.upper()}": str(value) for name, value in values.items()}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=out,
+            stderr=out,
+            env=os.environ | variables,
+            start_new_session=True,
+        )
         try:
-            running = ServiceProcess(f"http://127.0.0.1:{http_port}")
+            running = ServiceProcess(f"http://127.0.0.1:{http_port}", weights_port, process)
             _wait_ready(running.url, process, log)
             yield running
         finally:

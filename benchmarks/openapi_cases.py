@@ -1,0 +1,97 @@
+"""Requests drawn from a running service's OpenAPI description, and what it answers.
+
+Knows schemathesis and hypothesis; knows nothing of what a good answer is.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from schemathesis import Case, GenerationMode
+
+EXAMPLES = 40
+_MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request in one line, and its answer; `status` 0: none came."""
+
+    name: str
+    status: int
+    headers: dict[str, str]
+    content: bytes
+    seconds: float
+    method: str = ""
+
+
+class OpenApiCases:
+    """Draws requests for every operation of the description; `with_standard`: for vLLM's own routes, too."""
+
+    def __init__(self, url: str, limit_s: float, *, with_standard: bool) -> None:
+        self._url, self._limit_s = url, limit_s
+        self._session = requests.Session()
+        description = requests.get(f"{url}/openapi.json", timeout=limit_s).json()
+        if with_standard:
+            description["paths"] |= _standard_paths()
+        self._operations = [found.ok() for found in schemathesis.openapi.from_dict(description).get_all_operations()]
+
+    def round(self, seed: int, end: float) -> Iterator[tuple[str, list[Sent]]]:
+        """Some requests for every operation, right ones and wrong ones, until `end` (time.monotonic())."""
+        for operation in self._operations:
+            for mode in _MODES:
+                if time.monotonic() < end:
+                    yield operation.label, self._some(operation.as_strategy(generation_mode=mode), seed, end)
+
+    def _some(self, strategy: Any, seed: int, end: float) -> list[Sent]:
+        sent: list[Sent] = []
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @hypothesis.given(case=strategy)
+        def draw(case: Case) -> None:
+            if time.monotonic() < end:
+                sent.append(self._send(case))
+
+        try:
+            draw()
+        except hypothesis.errors.Unsatisfiable:  # nothing is wrong for a route that takes nothing
+            return sent
+        return sent
+
+    def _send(self, case: Case) -> Sent:
+        name = f"{case.method} {case.formatted_path} {case.query} {case.headers} {case.body!r}"
+        start = time.monotonic()
+        try:
+            reply = case.call(base_url=self._url, session=self._session, timeout=self._limit_s)
+        except (requests.RequestException, UnicodeError) as error:
+            is_ours = isinstance(error, requests.Timeout | requests.ConnectionError)
+            status = 0 if is_ours else 1  # what requests itself cannot send never left
+            return Sent(f"{name}: {error}", status, {}, b"", time.monotonic() - start, case.method)
+        headers = {key.lower(): values[0] for key, values in reply.headers.items()}
+        return Sent(name, reply.status_code, headers, reply.content, time.monotonic() - start, case.method)
+
+
+def _standard_paths() -> dict[str, Any]:
+    """vLLM's own routes, which the service's description leaves out."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    paths: dict[str, Any] = {"/v1/models": {"get": {"responses": {"200": {"description": "models"}}}}}
+    for path, kind in (("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatCompletionRequest)):
+        schema = kind.model_json_schema()
+        content = {"application/json": {"schema": schema}}
+        operation = {"requestBody": {"content": content, "required": True}, "responses": {"200": {"description": ""}}}
+        paths[path] = {"post": operation}
+    return paths
