@@ -6,6 +6,7 @@ Knows counts and times; knows nothing of requests.
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 
 _REMEMBERED = 256
 _WINDOW_S = 60.0
@@ -15,17 +16,17 @@ _SHORTEST_S, _LONGEST_S, _UNKNOWN_S = 1, 60, 5
 class Departures:
     """The last departures, and the wait that follows from their rate."""
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
         self._left: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)
 
     def add(self, num_sequences: int) -> None:
         """So many sequences have just left."""
-        self._left.append((time.monotonic(), num_sequences))
+        self._left.append((self._clock(), num_sequences))
 
     def seconds_until(self, num_sequences: int) -> int:
         """About how long until so many more will have left, in whole seconds from 1 to 60; 5 where nobody has left."""
-        now = time.monotonic()
+        now = self._clock()
         recent = [(at, count) for at, count in self._left if now - at < _WINDOW_S]
         if not recent:
             return _UNKNOWN_S

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
+from flashrl_rollout.departures import Departures
 from flashrl_wire.errors import NotReadyError, QueueFullError, TooLargeError, VersionNotReachedError, WireError
 
 Reason = Literal["commit", "pause"]
@@ -22,6 +23,7 @@ class VersionGate:
         self.active_requests = 0
         self.max_sequences = max_sequences
         self._admit_timeout_s = admit_timeout_s
+        self._departures = Departures()
         self._closed_by: set[Reason] = set()
         self._fence_error: WireError | None = None
         self._fenced = asyncio.Event()
@@ -87,6 +89,7 @@ class VersionGate:
             yield self.version
         finally:
             self.active_sequences -= num_sequences
+            self._departures.add(num_sequences)
             self.active_requests -= 1
             if not self.active_requests:
                 self._idle.set()
@@ -98,10 +101,14 @@ class VersionGate:
             self._settled.set()
 
     def _check_room(self, num_sequences: int) -> None:
-        if num_sequences > self._max_sequences:
-            raise TooLargeError(f"prompts x n is {num_sequences} sequences, at most {self._max_sequences} in a request")
-        if self.active_sequences + num_sequences > self._max_sequences:
-            raise QueueFullError(f"{self.active_sequences} sequences run or wait, the limit is {self._max_sequences}")
+        if num_sequences > self.max_sequences:
+            raise TooLargeError(f"prompts x n is {num_sequences} sequences, at most {self.max_sequences} in a request")
+        excess = self.active_sequences + num_sequences - self.max_sequences
+        if excess > 0:
+            raise QueueFullError(
+                f"{self.active_sequences} sequences run or wait, the limit is {self.max_sequences}",
+                retry_after_s=self._departures.seconds_until(excess),
+            )
 
     async def _wait_until_open(self) -> None:
         try:

@@ -1,5 +1,7 @@
 """What every route has in common: tokens, sizes, errors in one form, and a state that is told truthfully."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -52,6 +54,30 @@ async def test_large_body_is_refused(tmp_path: Path, is_chunked: bool) -> None:
     async with running(tmp_path, max_body_mib=1) as rig:
         reply = await rig.http.post("/generate", content=pieces() if is_chunked else bytes((1 << 20) + 1))  # type: ignore[arg-type]
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+
+
+async def test_bodies_together_are_bounded(tmp_path: Path) -> None:
+    """Each is allowed, but nine of them under way are too much; once they are gone there is room again."""
+    ended = asyncio.Event()
+    started = 0
+
+    async def half_a_body() -> AsyncIterator[bytes]:
+        nonlocal started
+        yield bytes(1 << 20)
+        started += 1
+        await ended.wait()
+        yield b""
+
+    async with running(tmp_path, max_body_mib=1) as rig:
+        slow = [asyncio.create_task(rig.http.post("/generate", content=half_a_body())) for _ in range(8)]
+        await rig.until(lambda: started == 8)
+        full = await rig.http.post("/generate", content=b"[]")
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+        assert int(full.headers["retry-after"]) > 0
+        assert (await rig.http.get("/ready")).status_code == 200
+        ended.set()
+        assert {(await reply).status_code for reply in slow} == {400}
+        assert (await rig.http.post("/generate", content=b"[]")).status_code == 422
 
 
 @pytest.mark.parametrize(

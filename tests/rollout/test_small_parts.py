@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from flashrl_rollout.departures import Departures
 from flashrl_rollout.history import History
 from flashrl_rollout.lease import RunLease
 from flashrl_rollout.stage_dir import StageDir
+from flashrl_rollout.stall import StallWatch
 from flashrl_wire.errors import TooLargeError, UnknownTransferError, UpdateInProgressError
 from flashrl_wire.messages import CommitReply, LastUpdate
 
@@ -122,3 +124,54 @@ def test_every_third_commit_is_audited() -> None:
     update = LastUpdate(kind="delta", version=1, changed_elements=2, wire_bytes=3, pause_ms=1.5, seconds=0.5)
     assert seen == [("committed", update)] * 7
     assert History(0, lambda result, update: None).commit("delta", REPLY, 0.5) is False
+
+
+def test_a_raised_error_is_remembered_without_its_frames() -> None:
+    history = History(0, lambda result, update: None)
+    with pytest.raises(UnknownTransferError) as raised:
+        raise UnknownTransferError("aborted", fact=1)
+    history.finish("failed", raised.value)
+    (kept,) = history._finished.values()
+    assert isinstance(kept, UnknownTransferError)
+    assert (kept.message, kept.facts, kept.__traceback__) == ("aborted", {"fact": 1}, None)
+
+
+def test_wait_follows_from_how_fast_sequences_leave() -> None:
+    now = [100.0]
+    departures = Departures(lambda: now[0])
+    assert departures.seconds_until(1) == 5  # nobody has left yet
+    for _ in range(10):
+        now[0] += 2.0
+        departures.add(3)  # 1.5 a second
+    assert departures.seconds_until(1) == 1
+    assert departures.seconds_until(6) == 4
+    assert departures.seconds_until(10_000) == 60
+    now[0] += 100.0
+    assert departures.seconds_until(1) == 5  # that was long ago
+
+
+def test_rate_is_that_of_the_last_departures() -> None:
+    now = [0.0]
+    departures = Departures(lambda: now[0])
+    now[0] = 50.0
+    for _ in range(256):
+        now[0] += 0.01
+        departures.add(1)
+    assert departures.seconds_until(300) == 3  # 256 in 2.55 s, whatever was before
+
+
+def test_stalled_is_who_has_work_and_makes_no_step() -> None:
+    now = [0.0]
+    watch = StallWatch(10.0, lambda: now[0])
+    assert not watch.is_stalled(True, 1.0)
+    now[0] = 10.0
+    assert not watch.is_stalled(True, 1.0)
+    now[0] = 10.5
+    assert watch.is_stalled(True, 1.0)
+    assert not watch.is_stalled(True, 2.0)  # a step after all
+    now[0] = 100.0
+    assert not watch.is_stalled(False, 2.0)  # idle for long
+    now[0] = 109.0
+    assert not watch.is_stalled(True, 2.0)  # the work has just come
+    now[0] = 110.5
+    assert watch.is_stalled(True, 2.0)
