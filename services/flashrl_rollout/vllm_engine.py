@@ -27,6 +27,7 @@ from flashrl_rollout.engine_settings import EngineSettings, environment
 from flashrl_rollout.gauges import Gauges
 from flashrl_rollout.packed_layers import check_patterns
 from flashrl_rollout.staged import StagedUpdate
+from flashrl_rollout.stall import StallWatch
 from flashrl_rollout.tokenization import Tokenization
 from flashrl_rollout.engine_start import StartEngine
 from flashrl_rollout.device_memory import DeviceMemory
@@ -43,6 +44,7 @@ from flashrl_wire.messages import PauseMode, Sampling
 _WORKER = "flashrl_rollout.worker.WorkerExtension"
 _METHODS = {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
 _CALL_TIMEOUT_S = 1800.0
+_RESUME_TIMEOUT_S = 300.0  # longer than any step: an engine that has not answered by then never will
 _HEARTBEAT_S = 0.5
 _DEATH_NOTICE_S = 1.0
 _SHUTDOWN_S = 20.0
@@ -62,7 +64,8 @@ class VllmEngine:
         self._device_memory = DeviceMemory(settings.tensor_parallel_size)
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
-        self._is_lost = False
+        self._is_lost = self._is_paused = False
+        self._stall_watch = StallWatch(settings.request_timeout_s)
         config = llm.model_config
         self.info = EngineInfo(
             model=settings.model,
@@ -107,8 +110,14 @@ class VllmEngine:
 
     @property
     def is_alive(self) -> bool:
-        """False once a process of the engine has died, or its weights are lost."""
-        return not self._is_lost and not self._llm.errored
+        """False once a process of the engine has died or hangs, or its weights are lost."""
+        return not self._is_lost and not self._llm.errored and not self._is_stalled
+
+    @property
+    def _is_stalled(self) -> bool:
+        """Whether a step takes longer than a whole request may."""
+        has_work = self._llm.output_processor.has_unfinished_requests() and not self._is_paused
+        return self._stall_watch.is_stalled(has_work, self._gauges.last_step)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a text or a chat (with the generation prompt); ValueError if the tokenizer cannot."""
@@ -142,13 +151,15 @@ class VllmEngine:
         pausing = self._llm.engine_core.pause_scheduler_async(mode=_MODES[mode], clear_cache=False)
         try:
             await asyncio.wait_for(self._core(pausing), deadline_s)
+            self._is_paused = True
         except TimeoutError as error:
             await self.resume()
             raise TimeoutError(f"sequences were still running after {deadline_s:g} s") from error
 
     async def resume(self) -> None:
         """Go on after `pause`."""
-        await self._core(self._llm.engine_core.resume_scheduler_async())
+        await self._core(self._llm.engine_core.resume_scheduler_async(), _RESUME_TIMEOUT_S)
+        self._is_paused = False
 
     async def layout(self) -> WeightLayout:
         """Every stored tensor."""
@@ -217,14 +228,17 @@ class VllmEngine:
         rank_replies.check(replies)
         return replies
 
-    async def _core(self, call: Awaitable[Any]) -> Any:
+    async def _core(self, call: Awaitable[Any], timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         """The result of a call to the engine's process; vLLM leaves such calls pending for ever when it dies."""
         task = asyncio.ensure_future(call)
         try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 while not (await asyncio.wait({task}, timeout=_HEARTBEAT_S))[0]:
-                    if self._llm.errored:
+                    if not self.is_alive:
                         raise EngineDeadError("the engine has died")
+        except TimeoutError as error:
+            self._is_lost = True
+            raise EngineDeadError(f"the engine did not answer for {timeout_s:g} s") from error
         finally:
             task.cancel()
         error = task.exception()
