@@ -1,10 +1,12 @@
 """vLLM's entry point into this package, called in every process of an engine.
 
-Registers the quantization methods and, in an engine of ours, the watch over its parent. Knows nothing of either.
+Registers the quantization methods, the weight-transfer backend and, in an engine of ours, the watch over its parent.
+Knows nothing of any of them.
 """
 
-import os
 import logging
+import os
+from contextlib import suppress
 
 from flashrl_rollout.parent_watch import WATCH_PARENT, watch_parent
 
@@ -14,6 +16,7 @@ def register() -> None:
     from flashrl_rollout.quantization import register_all  # imports vLLM's layers, which load_general_plugins precedes
 
     register_all()
+    _register_backend()
     if os.environ.get(WATCH_PARENT) == "1":
         watch_parent()
         # vLLM warns, with every start, of schedulers that are not its own; an engine of ours has one

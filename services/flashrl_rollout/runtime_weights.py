@@ -111,6 +111,11 @@ class RuntimeWeights:
         return change
 
 
+def as_text(shifts: Shifts) -> dict[str, dict[str, str]]:
+    """Digests as hex, in the form that `rank_replies` reads."""
+    return {part: {key: digest.hex() for key, digest in regions.items()} for part, regions in shifts.items()}
+
+
 def _bounds(change: Change) -> tuple[int, int]:
     """First element and one past the last that a change touches."""
     if change.indices is None:

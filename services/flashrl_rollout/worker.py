@@ -11,8 +11,9 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 
 from flashrl_rollout.checkpoint_reader import Checkpoint
+from flashrl_rollout.model_limits import check_supported
 from flashrl_rollout.rank_weights import RankWeights
-from flashrl_rollout.runtime_weights import Shifts, TakeBackError
+from flashrl_rollout.runtime_weights import TakeBackError, as_text
 from flashrl_rollout.staged import StagedUpdate, read_staged
 
 Reply = dict[str, Any]
@@ -45,8 +46,7 @@ class WorkerExtension:
     def flashrl_open(self, folder: str) -> Reply:
         """Find every tensor of the checkpoint in `folder` in this rank's runtime tensors."""
         worker: Any = self
-        if worker.model_config.use_mla:
-            raise ValueError("model: latent attention keeps a transformed copy of a weight, so it cannot be updated")
+        check_supported(worker.model_config)
         self.flashrl = RankWeights.open(worker.get_model(), Checkpoint(Path(folder)))
         return self.flashrl.describe()
 
@@ -77,8 +77,3 @@ class WorkerExtension:
         """Drop the old values."""
         self.flashrl.weights.keep()
         return {}
-
-
-def as_text(shifts: Shifts) -> dict[str, dict[str, str]]:
-    """Digests as hex, in the form that `rank_replies` reads."""
-    return {part: {key: digest.hex() for key, digest in regions.items()} for part, regions in shifts.items()}

@@ -118,6 +118,7 @@ def test_model_folder_without_a_model(tmp_path: Path) -> None:
 
 def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -130,6 +131,7 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
 
 def test_beyond_loopback_without_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     code, _, errors = command("serve", "--model", str(tmp_path), "--host", "0.0.0.0", FLASHRL_TOKEN="t")
     assert (code, errors.count("\n")) == (2, 1)
     assert "CURVE keys (keys_dir)" in errors
