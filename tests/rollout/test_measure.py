@@ -1,5 +1,6 @@
 """What 8 bits cost and which layers stay bf16, on a small random model and without vLLM's kernels."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -111,8 +112,10 @@ def test_samples_end_where_the_model_ends_them(model: Any) -> None:
     ends = set(range(0, 50, 5))
     model.generation_config.eos_token_id = sorted(ends)
     asked = [[3], [4, 6, 7], [8, 9]]
-    drawn = sample(model, asked, 30, seed=1)
-    assert drawn == sample(model, asked, 30, seed=1) != sample(model, asked, 30, seed=2)
+    drawn, again, other = (sample(model, itertools.cycle(asked), 61, 30, seed=seed) for seed in (1, 1, 2))
+    assert drawn == again != other
+    assert 61 <= sum(text.num_scored for text in drawn) < 61 + 30
+    drawn = drawn[:3]
     assert [(list(text.token_ids[: text.start]), text.start) for text in drawn] == [
         ([3], 1),
         ([4, 6, 7], 3),
@@ -146,7 +149,7 @@ def test_a_weight_that_is_no_number_is_named(model: Any) -> None:
 
 
 def measured(model: Any, limit_kl: float = math.inf) -> PrecisionReport:
-    texts = sample(model, [[1], [2], [3]], 20, seed=0)
+    texts = sample(model, itertools.cycle([[1], [2], [3]]), 41, 20, seed=0)
     return Measurer(model, layer_kinds(model, PACKED), texts).report("int8", WeightOnly, limit_kl, has_times=False)
 
 
@@ -239,8 +242,8 @@ def test_prompts_come_from_rows_again_and_again_or_from_chance(tmp_path: Path) -
     file.write_text('{"question": "a?", "answer": "b"}\n\n{"text": "c\\n"}\n')
     texts = read_texts(file)
     assert texts == ["a?\n", "c\n"]
-    assert prompts(texts, lambda text: [len(text)], 9, 3) == [[3], [2], [3]]
-    drawn = prompts(None, lambda text: [], 9, 40)
+    assert list(itertools.islice(prompts(texts, lambda text: [len(text)], 9), 3)) == [[3], [2], [3]]
+    drawn = list(itertools.islice(prompts(None, lambda text: [], 9), 40))
     assert {token for (token,) in drawn} <= set(range(9))
     assert len({token for (token,) in drawn}) > 3
 

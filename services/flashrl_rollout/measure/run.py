@@ -42,8 +42,8 @@ def run(settings: MeasureSettings, console: Console) -> None:
     with console.status(f"loading {settings.model}"):
         measured = subject.load(settings.model, settings.quantizations)
     with console.status(f"sampling {settings.tokens} tokens in bf16"):
-        asked = prompts(texts, measured.encode, measured.vocab_size, math.ceil(settings.tokens / _SAMPLE_TOKENS))
-        drawn = measured.sample(asked, _SAMPLE_TOKENS, _SEED)
+        asked = prompts(texts, measured.encode, measured.vocab_size)
+        drawn = measured.sample(asked, settings.tokens, _SAMPLE_TOKENS, _SEED)
         measurer = measured.measurer(drawn)
     reports = []
     for quantization in settings.quantizations:

@@ -3,13 +3,14 @@
 Knows how to load and which kernels there are; knows nothing of what is measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from flashrl_rollout import kernels
 from flashrl_rollout.layer_selection import Packed
@@ -46,9 +47,9 @@ class Subject:
         """Token ids with what the tokenizer puts before a text."""
         return list(self.tokenizer(text)["input_ids"])
 
-    def sample(self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[ScoredText]:
+    def sample(self, prompts: Iterator[Sequence[int]], num_tokens: int, max_tokens: int, seed: int) -> list[ScoredText]:
         """See `token_scores.sample`."""
-        return sample(self.model, prompts, max_tokens, seed)
+        return sample(self.model, prompts, num_tokens, max_tokens, seed)
 
     def measurer(self, texts: Sequence[ScoredText]) -> Measurer:
         """Measures on these texts."""
@@ -62,6 +63,7 @@ def load(name: str, quantizations: Sequence[Quantization]) -> Subject:
     config = describe_model(name)
     check_supported(config)
     packed = packed_layers(config)
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(kernels.device()).eval()
     return Subject(model, AutoTokenizer.from_pretrained(name), packed, layer_kinds(model, packed))
 

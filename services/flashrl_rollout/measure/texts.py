@@ -6,7 +6,7 @@ Knows rows and token ids; knows nothing of models.
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,10 @@ def _text(line: str, place: str) -> str:
     return found.rstrip("\n") + "\n"
 
 
-def prompts(
-    texts: Sequence[str] | None, encode: Callable[[str], list[int]], vocab_size: int, count: int
-) -> list[list[int]]:
-    """`count` prompts as token ids: the texts, again from the first after the last, or one random token each."""
-    if texts is None:
-        drawn = random.Random(0)
-        return [[drawn.randrange(vocab_size)] for _ in range(count)]
-    encoded = [encode(text)[:_LONGEST_PROMPT] for text in texts[:count]]
-    return list(itertools.islice(itertools.cycle(encoded), count))
+def prompts(texts: Sequence[str] | None, encode: Callable[[str], list[int]], vocab_size: int) -> Iterator[list[int]]:
+    """Prompts as token ids without end: the texts, again from the first after the last, or one random token each."""
+    if texts is not None:
+        yield from itertools.cycle([encode(text)[:_LONGEST_PROMPT] for text in texts])
+    drawn = random.Random(0)
+    while True:
+        yield [drawn.randrange(vocab_size)]

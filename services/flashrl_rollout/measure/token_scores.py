@@ -3,6 +3,8 @@
 Knows Hugging Face models and token ids; knows nothing of precisions or layers.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +43,18 @@ def mismatch(reference: Tensor, other: Tensor) -> Mismatch:
     return Mismatch(float((d.expm1() - d).mean()), float(d.abs().mean()))
 
 
-def sample(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[ScoredText]:
-    """One sample of up to `max_tokens` tokens a prompt, from the plain softmax; equal seeds give equal tokens."""
+def sample(
+    model: Any, prompts: Iterator[Sequence[int]], num_tokens: int, max_tokens: int, seed: int
+) -> list[ScoredText]:
+    """Samples of up to `max_tokens` tokens a prompt from the plain softmax, until there are `num_tokens`.
+
+    Equal seeds give equal tokens. The last sample may bring a few more than were asked for.
+    """
     torch.manual_seed(seed)
-    found = []
-    for start in range(0, len(prompts), _SAMPLING_BATCH):
-        found += _sample(model, prompts[start : start + _SAMPLING_BATCH], max_tokens)
+    found: list[ScoredText] = []
+    while (missing := num_tokens - sum(text.num_scored for text in found)) > 0:
+        count = min(_SAMPLING_BATCH, math.ceil(missing / max_tokens))
+        found += _sample(model, list(itertools.islice(prompts, count)), max_tokens)
     return found
 
 
