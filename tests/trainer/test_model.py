@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from flashrl_trainer.batch import TrainingSample, pack
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
@@ -29,6 +39,8 @@ FAMILIES = {
     "qwen3": Qwen3Config(**COMMON, head_dim=16),
     "mistral": MistralConfig(**COMMON, sliding_window=5),
     "gemma": GemmaConfig(**COMMON, head_dim=8),
+    "gemma3": Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=5, query_pre_attn_scalar=8),
+    "phi3": Phi3Config(**COMMON, pad_token_id=0),
 }
 
 
@@ -70,6 +82,8 @@ def test_packed_log_probs_equal_those_of_single_samples(family: str, ranks: Rank
         logprobs, entropy = policy(pack(samples))
     torch.testing.assert_close(logprobs, reference(tmp_path, samples, 0.7), atol=2e-5, rtol=0)
     assert bool((entropy[logprobs != 0] > 0).all())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:  # the names that the service goes by
+        assert sorted(name for name, _ in policy.lm.named_parameters()) == sorted(file.keys())
 
 
 def test_recomputed_blocks_give_the_same_gradients(ranks: Ranks, tmp_path: Path) -> None:
