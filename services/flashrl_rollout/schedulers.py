@@ -64,6 +64,7 @@ class _Holding:
             and parameters.output_kind == RequestOutputKind.FINAL_ONLY
             and not parameters.stop  # the service looks for stop strings, token by token
             and parameters.num_logprobs != -1  # a row of the whole vocabulary each
+            and parameters.prompt_logprobs is None
         )
 
 

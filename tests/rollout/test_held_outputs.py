@@ -29,10 +29,6 @@ class Output:
     finish_reason: int | None = None
     prefill_stats: object = None
     events: list[object] | None = None
-    pooling_output: object = None
-    new_prompt_logprobs_tensors: object = None
-    new_sampling_mask: object = None
-    routed_experts: object = None
     stop_reason: str | None = field(default=None)
 
 
