@@ -1,6 +1,6 @@
 """Does every model family start, sample and take a delta in every precision, bit for bit like a fresh start?
 
-    python benchmarks/families.py [--family llama qwen2 ... | core | others | all] [--quantization int8 fp8 none]
+    python benchmarks/families.py [--family llama ... | core | others | odd | refused | all] [--quantization int8 ...]
         [--model FOLDER ...] [--json FILE]
 
 For each family (tiny, random; `--model` adds real ones) and precision: an engine started from checkpoint A and taken
@@ -67,12 +67,13 @@ def _arguments() -> argparse.Namespace:
     groups = {
         "core": list(tiny_models.CORE),
         "others": list(tiny_models.OTHERS),
+        "odd": list(tiny_models.ODD),
         "refused": list(tiny_models.REFUSED),
-        "all": list(tiny_models.ALL),
+        "all": [*tiny_models.CORE, *tiny_models.OTHERS, *tiny_models.ODD, *tiny_models.REFUSED],
         "": [],
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=["all"], choices=[*groups, *tiny_models.ALL], metavar="NAME")
+    parser.add_argument("--family", nargs="+", default=["all"], choices=[*groups, *groups["all"]], metavar="NAME")
     parser.add_argument("--quantization", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--model", nargs="+", type=Path, default=[], help="folders of real models")
     parser.add_argument("--json", type=Path)
@@ -83,7 +84,8 @@ def _arguments() -> argparse.Namespace:
 
 def _checkpoints(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path]]:
     for family in arguments.family:
-        yield family, tiny_models.make(family, scratch / family)
+        make = tiny_models.make_odd if family in tiny_models.ODD else tiny_models.make
+        yield family, make(family, scratch / family)
     for folder in arguments.model:
         yield folder.name, folder
 

@@ -100,6 +100,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 ALL = CORE | OTHERS | REFUSED
 
+ODD = ("fp32", "fp16", "sharded", "extra_tensors", "head_twice")
+"""The same weights as others would have saved them."""
+
 
 def make(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **save: Any) -> Path:
     """Write a random checkpoint of the family: every parameter differs from its initial value, norms and biases too."""
@@ -112,10 +115,26 @@ def make(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.bf
     return folder
 
 
+def make_odd(kind: str, folder: Path) -> Path:
+    """A checkpoint in another type, in several files, or with tensors that the model has no use for; head tied."""
+    if kind in ("fp32", "fp16"):
+        return make("qwen2", folder, dtype=torch.float32 if kind == "fp32" else torch.float16)
+    if kind == "sharded":
+        return make("qwen2", folder, max_shard_size="200KB")
+    make("llama_tied", folder)
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "head_twice":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    else:
+        tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(16) for i in range(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def step_away(model: Path, folder: Path, seed: int, share: float = 0.3) -> Path:
-    """A copy of a checkpoint (one file) with noise of a tenth of its spread on a share of each tensor's elements."""
+    """A copy of a checkpoint, in one file, with noise of a tenth of its spread on a share of each tensor's elements."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(model / "model.safetensors")
+    tensors = {name: values for file in sorted(model.glob("*.safetensors")) for name, values in load_file(file).items()}
     for name, values in tensors.items():
         noise = torch.randn(values.shape, generator=generator) * 0.1 * (values.float().std(correction=0) + 0.01)
         hit = torch.rand(values.shape, generator=generator) < share
@@ -125,6 +144,6 @@ def step_away(model: Path, folder: Path, seed: int, share: float = 0.3) -> Path:
 
 def save_like(model: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """A checkpoint of these tensors, with the configuration and tokenizer of another."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
