@@ -95,4 +95,4 @@ def _arm(name: ArmName, launch: Launch, settings: BenchSettings, folder: Path) -
         command, environ = engine_command(name, launch), engine_environment(name, launch)
         return EngineArm(name, command, environ, launch.timeout_s, folder)
     command = serve_command(name, launch, shlex.split(settings.service_flags))
-    return ServiceArm(name, command, settings.prompts_per_request, launch.timeout_s, folder)
+    return ServiceArm(name, command, settings.prompts_in_request, launch.timeout_s, folder)

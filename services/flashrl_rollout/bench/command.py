@@ -38,7 +38,9 @@ def bench(
     arms: str = _option("arms", "service, engine or both; service,engine:int8 has the engine in int8 only"),
     requests: int = _option("requests", "Sequences of a round"),
     samples: int = _option("samples", "Sequences for each prompt"),
-    prompts_per_request: int = _option("prompts_per_request", "Prompts in each HTTP request; the trainer sends 8"),
+    prompts_per_request: int = _option(
+        "prompts_per_request", "Prompts in each HTTP request; 0: 8 as the trainer sends, 1 where lengths differ"
+    ),
     prompt_tokens: int = _option("prompt_tokens", "Tokens of each prompt, drawn at random"),
     tokens: int = _option("tokens", "Tokens of each answer; their median where lengths are lognormal"),
     lengths: Lengths = _option("lengths", "All of one length, or lognormal up to 4096"),

@@ -15,6 +15,7 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 
 _METHODS = {"none": None, "int8": "flashrl_int8", "fp8": "flashrl_fp8"}
@@ -77,6 +78,7 @@ async def _drawn(
 async def serve(asked: dict[str, Any], replies: TextIO) -> None:
     """Start the engine, say so, and answer until standard input ends."""
     llm = AsyncLLM.from_engine_args(engine_arguments(asked))
+    freeze_gc_heap()  # as vLLM's own server does
     print(json.dumps({"ready": True}), file=replies, flush=True)
     turn = 0
     while line := await asyncio.to_thread(sys.stdin.readline):

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from flashrl_rollout.bench.workload import Workload
 
 _READY = re.compile(r"ready on (http://\S+:\d+)")
 _CONTROL_TIMEOUT_S = 30.0
+_REQUESTS_PER_CLIENT = 16  # httpx goes through all connections for every request: 256 on one client cost it seconds
 
 
 class ServiceArm:
@@ -126,14 +128,19 @@ def request_body(workload: Workload, start: int, size: int) -> dict[str, Any]:
 
 async def _ask(url: str, bodies: list[dict[str, Any]], timeout_s: float) -> tuple[float, list[dict[str, Any]]]:
     """Seconds from the first request to the last reply, parsed; and the replies in order."""
-    limits = httpx.Limits(max_connections=len(bodies))
-    async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits, trust_env=False) as http:
+    async with AsyncExitStack() as stack:
+        options: dict[str, Any] = {"base_url": url, "timeout": timeout_s, "limits": httpx.Limits(max_connections=None)}
+        options |= {"trust_env": False, "verify": httpx.create_ssl_context()}  # made once: it takes long to make
+        made = [httpx.AsyncClient(**options) for _ in range(-(-len(bodies) // _REQUESTS_PER_CLIENT))]
+        clients = [await stack.enter_async_context(client) for client in made]
 
-        async def one(body: dict[str, Any]) -> dict[str, Any]:
-            reply = await http.post("/generate", json=body)
+        async def one(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+            reply = await client.post("/generate", json=body)
             parsed: dict[str, Any] = reply.json()
             return parsed
 
         started = time.perf_counter()
-        replies = await asyncio.gather(*(one(body) for body in bodies))
+        replies = await asyncio.gather(
+            *(one(clients[i // _REQUESTS_PER_CLIENT], body) for i, body in enumerate(bodies))
+        )
         return time.perf_counter() - started, replies

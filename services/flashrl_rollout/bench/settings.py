@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from flashrl_rollout.bench.shape_names import SHAPES
 from flashrl_wire.messages import MAX_PROMPTS, MAX_SAMPLES, Quantization
 
+TRAINER_PROMPTS = 8
+"""Prompts that the trainer puts into a request."""
+
 Side = Literal["service", "engine"]
 Lengths = Literal["fixed", "lognormal"]
 
@@ -37,7 +40,7 @@ class BenchSettings(BaseModel):
     arms: str = "service,engine"
     requests: int = Field(256, ge=1)
     samples: int = Field(1, ge=1, le=MAX_SAMPLES)
-    prompts_per_request: int = Field(1, ge=1, le=MAX_PROMPTS)
+    prompts_per_request: int = Field(0, ge=0, le=MAX_PROMPTS)
     prompt_tokens: int = Field(128, ge=1)
     tokens: int = Field(256, ge=1)
     lengths: Lengths = "fixed"
@@ -70,6 +73,11 @@ class BenchSettings(BaseModel):
     def num_prompts(self) -> int:
         """Prompts of a round; each gets `samples` answers."""
         return self.requests // self.samples
+
+    @property
+    def prompts_in_request(self) -> int:
+        """Prompts of an HTTP request: what was asked for, or as many as the trainer sends if they have one length."""
+        return self.prompts_per_request or (TRAINER_PROMPTS if self.lengths == "fixed" else 1)
 
     def arm_names(self) -> list[ArmName]:
         """`service,engine:int8` -> the service in every quantization, the engine in int8; ValueError for others."""
