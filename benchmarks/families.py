@@ -168,6 +168,7 @@ def engine(precision: str, folder: Path) -> Iterator[Any]:
         skip_tokenizer_init=True,
         logprobs_mode="processed_logprobs",
         worker_extension_cls="flashrl_rollout.worker.WorkerExtension",
+        additional_config={"flashrl": {"quantize_layers": "all"}},  # on CUDA such small layers would stay bf16
     )
     try:
         yield llm
