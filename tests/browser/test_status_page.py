@@ -54,9 +54,15 @@ async def _publish(service: LiveService, found: Update) -> int:
             wire.close()
 
 
+def texts(page: Chrome, selector: str) -> list[str]:
+    """What a person reads in the elements that are shown, in one look: the page may replace them at any time."""
+    look = "[...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).map(e => e.innerText.trim())"
+    return list(page.execute_script(f"return {look}", selector))
+
+
 def text(page: Chrome, selector: str) -> str:
-    """What a person reads in an element; empty where it is hidden."""
-    return page.find_element(By.CSS_SELECTOR, selector).text
+    """The same of the first one; empty where there is none."""
+    return "".join(texts(page, selector)[:1])
 
 
 def shows(page: Chrome, selector: str, wanted: str) -> None:
@@ -78,9 +84,10 @@ def test_page_follows_updates_without_being_loaded_again(page: Chrome, stage_roo
         assert text(page, "#no-updates").startswith("None yet")
         page.execute_script("window.same = true")
         update(service)
-        shows(page, "#version", "1")
+        shows(page, "#updates tr:first-child td:nth-child(3)", "1")
+        shows(page, "#phase", "ready")
         assert page.title == "v1 · ready · FlashRL rollout"
-        cells = [cell.text for cell in page.find_elements(By.CSS_SELECTOR, "#updates tr:first-child td")]
+        cells = texts(page, "#updates tr:first-child td")
         assert (cells[1:3], cells[7:]) == (["delta", "1"], ["run-a", "committed"])
         assert text(page, "#digest") == service.service.weights_info().digest[:12]
         update(service)
@@ -100,7 +107,7 @@ def test_throughput_moves_while_somebody_samples(page: Chrome, stage_root: Path)
         shows(page, "#running", "1")
         rate = WebDriverWait(page, LIMIT_S, 0.05).until(lambda _: int(text(page, "#rate").replace(",", "")))
         assert 0 < rate <= 500
-        assert page.find_elements(By.CSS_SELECTOR, "#spark polyline")
+        WebDriverWait(page, LIMIT_S, 0.05).until(lambda _: page.find_elements(By.CSS_SELECTOR, "#spark polyline"))
         sampler.join(LIMIT_S)
         shows(page, "#rate", "0")
 
