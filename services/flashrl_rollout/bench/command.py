@@ -44,7 +44,9 @@ def bench(
     prompt_tokens: int = _option("prompt_tokens", "Tokens of each prompt, drawn at random"),
     tokens: int = _option("tokens", "Tokens of each answer; their median where lengths are lognormal"),
     lengths: Lengths = _option("lengths", "All of one length, or lognormal up to 4096"),
-    seeded: bool = _option("seeded", "A seed for every sequence, as the trainer asks"),
+    seeded: bool = typer.Option(
+        _DEFAULTS["seeded"], "--seeded/--unseeded", help="A seed for every sequence, as the trainer asks"
+    ),
     seed: int = _option("seed", "Of prompts, lengths and samples"),
     rounds: int = _option("rounds", "Rounds after the first, which warms up"),
     max_num_seqs: int = _option("max_num_seqs", "Sequences that an engine works on at a time"),
@@ -62,10 +64,11 @@ def bench(
 ) -> None:
     """Measure this service against the bare vLLM engine, and precisions against each other, in one run.
 
-    All arms (service/int8, engine/int8, ...) are loaded first and share the machine; then they take turns, one at a
-    time. A round gives each the same prompts, the next round has new ones and begins with another arm. Every answer
-    has exactly the length asked for: the model's end token is taken away. `engine` is vLLM's AsyncLLM with its own
-    defaults, without HTTP and without text; in `none` it is vLLM alone, else it has our quantization methods.
+    All arms (service/int8, engine/int8, ...) are loaded first; then they take turns, one at a time.
+    A round gives each the same new prompts, and begins with another arm than the one before.
+    Every answer has exactly the length asked for: the model's end token is taken away.
+    `engine` is vLLM's AsyncLLM with its own defaults, without HTTP and without text; under `none` it
+    is vLLM alone, else it has our quantization methods.
 
     Examples:
 
@@ -77,16 +80,19 @@ def bench(
     """
     given = {name: value for name, value in locals().items() if name in _DEFAULTS}
     try:
-        settings = read_settings(**given)
-        _check_writable(json_file)
-        with _ended_in_order():
-            found = benchmark(settings, work_dir)
+        _measure(read_settings(**given), work_dir, json_file)
     except ValueError as error:
         _fail(str(error), _USAGE_ERROR)
     except ArmFailedError as error:
         _fail(str(error), _FAILED)
     except KeyboardInterrupt:
         _fail("interrupted; nothing is left running", _INTERRUPTED)
+
+
+def _measure(settings: BenchSettings, work_dir: Path | None, json_file: Path | None) -> None:
+    _check_writable(json_file)
+    with _ended_in_order():
+        found = benchmark(settings, work_dir)
     if json_file:
         json_file.write_text(json.dumps(found, indent=1) + "\n")
     Console(width=None if sys.stdout.isatty() else _COLUMNS).print(table(found, title(settings)))
