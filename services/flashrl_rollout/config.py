@@ -14,11 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from flashrl_rollout.layer_selection import QuantizeLayers
-from flashrl_rollout.precision_file import read_precision
-from flashrl_wire.messages import PauseMode, Quantization
-from flashrl_rollout.layer_selection import QuantizeLayers
 from flashrl_rollout.logs import LogFormat
 from flashrl_rollout.precision_file import read_precision
+from flashrl_wire.messages import PauseMode, Quantization
 
 ENV_PREFIX = "FLASHRL_ROLLOUT_"
 
@@ -62,11 +60,11 @@ class RolloutConfig(BaseModel):
     weights_port: int = Field(8001, ge=0, le=65535, description="ZeroMQ port of weight updates; 0: any free one")
     token_file: Path | None = Field(None, description="File with the API token, where FLASHRL_TOKEN is not set")
     keys_dir: Path | None = Field(None, description="Folder `service` that `flashrl-rollout keys` made")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine computes")
     engines: int = Field(
         1, ge=1, le=16, description="Copies of the engine on the same devices, each with its own process and weights"
     )
-
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine computes")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices that share one copy of the model")
     max_model_len: int = Field(0, ge=0, description="Longest prompt and response in tokens; 0: the model's")
     max_num_seqs: int = Field(256, ge=1, description="Sequences that all engines work on at a time")
@@ -80,17 +78,17 @@ class RolloutConfig(BaseModel):
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto", description="How keys and values are kept: auto as the model computes, fp8 for twice as many tokens"
+    )
+    enforce_eager: bool = Field(False, description="No CUDA graphs and no compilation: starts faster, samples slower")
     output_interval: int = Field(
         32, ge=1, le=1024, description="Tokens of a sequence that the engine passes on at a time; 1: as they are drawn"
     )
-    )
-    enforce_eager: bool = Field(False, description="No CUDA graphs and no compilation: starts faster, samples slower")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of requests that bring none")
     threads: int = Field(0, ge=0, description="OpenMP threads of each engine process (CPU); 0: vLLM binds the cores")
     start_timeout_s: float = Field(1800.0, gt=0, description="Limit for loading the model")
 
     max_waiting: int = Field(16384, ge=0, description="Sequences that may wait beyond max_num_seqs; more get 429")
-    request_timeout_s: float = Field(600.0, gt=0, description="Limit for one /generate request")
+    request_timeout_s: float = Field(600.0, gt=0, description="Limit for one request that samples")
     admit_timeout_s: float = Field(60.0, gt=0, description="How long a request waits out a commit or a pause")
     max_body_mib: int = Field(64, ge=1, description="Largest request body; manifests of snapshots are the largest")
     shutdown_grace_s: float = Field(20.0, ge=0, description="How long running requests may go on after SIGTERM")
@@ -110,6 +108,7 @@ class RolloutConfig(BaseModel):
     )
     stage_root: Path = Field(Path("/dev/shm"), description="Shared memory in which updates are staged")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
+    log_format: LogFormat = Field("text", description="Form of log lines; json: one object a line")
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":
@@ -156,7 +155,6 @@ def _read(file: Path | None) -> dict[str, object]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"config: {file}: {getattr(error, 'strerror', None) or error}") from error
 
-    log_format: LogFormat = Field("text", description="Form of log lines; json: one object a line")
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {

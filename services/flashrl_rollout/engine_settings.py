@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
-from flashrl_rollout.layer_selection import LayerSelection, QuantizeLayers
-from flashrl_rollout.logs import ENGINE_CONFIG, LogFormat
 
 from flashrl_rollout.layer_selection import LayerSelection, QuantizeLayers
+from flashrl_rollout.logs import ENGINE_CONFIG, LogFormat
 from flashrl_rollout.parent_watch import WATCH_PARENT
 from flashrl_wire.messages import Quantization
+
+_CPU_CACHE_GIB = 1.0  # vLLM's own default there is a share of the machine's memory
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,13 @@ class EngineSettings:
     max_model_len: int = 0
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.6
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float = 0.0
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     enforce_eager: bool = False
-    seed: int = 0
     output_interval: int = 32
+    seed: int = 0
     threads: int = 0
     start_timeout_s: float = 1800.0
-
-    def layer_selection(self) -> LayerSelection:
-        """Which layers are quantized."""
-        return LayerSelection(keep_bf16=self.keep_bf16, quantize_layers=self.quantize_layers)
-
-    def environment(self) -> dict[str, str]:
-        """Variables for the engine's processes; logging and usage statistics can be set from outside."""
-        variables = {
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker inherits locks that the parent's threads hold
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     request_timeout_s: float = 600.0
     log_format: LogFormat = "text"
 
@@ -62,9 +53,17 @@ class EngineSettings:
         """Bytes for keys and values; None (CUDA): what vLLM finds to be left of `gpu_memory_utilization`."""
         gib = self.kv_cache_gib or (_CPU_CACHE_GIB / self.engines if is_cpu else 0.0)
         return int(gib * (1 << 30)) or None
+
+    def environment(self) -> dict[str, str]:
+        """Variables for the engine's processes; logging and usage statistics can be set from outside."""
+        variables = {
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked worker inherits locks that the parent's threads hold
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
             "VLLM_ENGINE_READY_TIMEOUT_S": str(int(self.start_timeout_s)),
             WATCH_PARENT: "1",
+            # it would be compiled by the first request with top_p or top_k that wants no log-probs
+            "VLLM_USE_FLASHINFER_SAMPLER": os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0"),
         }
         if self.log_format == "json" and "VLLM_LOGGING_CONFIG_PATH" not in os.environ:
             variables["VLLM_LOGGING_CONFIG_PATH"] = str(ENGINE_CONFIG)

@@ -30,3 +30,10 @@ def test_the_environment_is_as_before_afterwards(monkeypatch: pytest.MonkeyPatch
         assert (os.environ["FLASHRL_TEST_KEPT"], os.environ["FLASHRL_TEST_NEW"]) == ("new", "1")
     assert os.environ["FLASHRL_TEST_KEPT"] == "old"
     assert "FLASHRL_TEST_NEW" not in os.environ
+
+
+def test_the_cache_has_the_size_asked_for_on_every_device_and_on_the_cpu_a_default() -> None:
+    asked, silent = EngineSettings("m", kv_cache_gib=0.5), EngineSettings("m", engines=4)
+    assert asked.kv_cache_bytes(is_cpu=True) == asked.kv_cache_bytes(is_cpu=False) == 1 << 29
+    assert silent.kv_cache_bytes(is_cpu=True) == 1 << 28  # a quarter of 1 GiB for each of four engines
+    assert silent.kv_cache_bytes(is_cpu=False) is None  # what gpu_memory_utilization leaves
