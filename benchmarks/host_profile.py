@@ -32,7 +32,7 @@ _OTHER = "other"
 
 
 def profiled(
-    pids: Mapping[str, int], expected_s: float, folder: Path, work: Callable[[], float]
+    pids: Mapping[str, int], expected_s: float, folder: Path, work: Callable[[], object]
 ) -> dict[str, dict[str, float]] | None:
     """Cores that each part of each process uses while `work` runs, largest first; None without py-spy."""
     program = shutil.which("py-spy")

@@ -33,6 +33,15 @@ _VOCABULARY = 1000
 
 
 @dataclass(frozen=True)
+class Round:
+    """What was drawn in how long; the longest answer has a token of every step."""
+
+    seconds: float
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One pair of settings; CPU in cores, on average over the counted rounds."""
 
@@ -100,15 +109,15 @@ def _measured(args: argparse.Namespace, model: str, engines: int, interval: int,
         _round(args, running, 0)
         before, began = cpu_by_process(running.pid), time.perf_counter()
         with GpuBusy() as gpu:
-            rounds_s = [_round(args, running, index + 1) for index in range(args.rounds)]
+            rounds = [_round(args, running, index + 1) for index in range(args.rounds)]
         cpu = cpu_by_process(running.pid).since(before, time.perf_counter() - began)
-        parts = profiled(cpu.pids, rounds_s[-1], folder, lambda: _round(args, running, args.rounds + 1))
+        parts = profiled(cpu.pids, rounds[-1].seconds, folder, lambda: _round(args, running, args.rounds + 1))
     row = Row(
         engines=engines,
         output_interval=interval,
-        tokens_per_s=args.requests * args.tokens / statistics.median(rounds_s),
-        rounds_s=rounds_s,
-        step_ms=statistics.median(rounds_s) / args.tokens * 1e3,
+        tokens_per_s=statistics.median(round.tokens / round.seconds for round in rounds),
+        rounds_s=[round.seconds for round in rounds],
+        step_ms=statistics.median(round.seconds / round.steps for round in rounds) * 1e3,
         gpu_busy=gpu.share,
         front_cores=cpu.front_cores,
         engine_cores=cpu.engine_cores,
@@ -119,8 +128,8 @@ def _measured(args: argparse.Namespace, model: str, engines: int, interval: int,
     return row
 
 
-def _round(args: argparse.Namespace, running: ServiceProcess, index: int) -> float:
-    """Seconds until all requests, sent at once, are answered."""
+def _round(args: argparse.Namespace, running: ServiceProcess, index: int) -> Round:
+    """All requests at once, until the last is answered."""
     draw = random.Random(index)
     bodies = [_body(args, draw, index * args.requests + number) for number in range(args.requests)]
     return asyncio.run(_ask(running.url, bodies))
@@ -132,15 +141,14 @@ def _body(args: argparse.Namespace, draw: random.Random, seed: int) -> dict[str,
     return {"prompts": [prompt], "sampling": sampling}
 
 
-async def _ask(url: str, bodies: list[dict[str, Any]]) -> float:
+async def _ask(url: str, bodies: list[dict[str, Any]]) -> Round:
     limits = httpx.Limits(max_connections=len(bodies))
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits, trust_env=False) as http:
         began = time.perf_counter()
         replies = await asyncio.gather(*(http.post("/generate", json=body) for body in bodies))
         seconds = time.perf_counter() - began
-    for reply in replies:
-        reply.raise_for_status()
-    return seconds
+    lengths = [reply.raise_for_status().json()["usage"]["completion_tokens"] for reply in replies]
+    return Round(seconds, sum(lengths), max(lengths))
 
 
 def _show(row: Row) -> None:

@@ -48,7 +48,8 @@ class WorkerExtension:
         worker: Any = self
         check_supported(worker.model_config)
         self.flashrl = RankWeights.open(worker.get_model(), Checkpoint(Path(folder)))
-        return self.flashrl.describe()
+        # vLLM's worker knows it where it has measured what is left of the memory, and nobody else does
+        return {**self.flashrl.describe(), "kv_cache_bytes": getattr(worker, "available_kv_cache_memory_bytes", 0)}
 
     @_replying
     def flashrl_digests(self) -> Reply:

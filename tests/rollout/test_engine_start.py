@@ -1,6 +1,9 @@
 """Shares of a service's limits, the order in which engines start, and memory that cannot be enough."""
 
+import asyncio
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from tests.helpers.rig import INFO, LAYOUT
 
 from flashrl_rollout import stored_state
 from flashrl_rollout.engine import Engine, EngineError
-from flashrl_rollout.engine_settings import EngineSettings
+from flashrl_rollout.engine_settings import EngineSettings, environment
 from flashrl_rollout.engine_start import share, start_engines
 from flashrl_rollout.memory_check import check_memory
 from flashrl_rollout.scripted_engine import ScriptedEngine
@@ -22,17 +25,20 @@ GIB = 1 << 30
 class Starter:
     """Starts scripted engines; the one of index `failing` does not start."""
 
-    def __init__(self, failing: int | None = None) -> None:
+    def __init__(self, failing: int | None = None, cache_bytes: int = 0) -> None:
         self.started: list[ScriptedEngine] = []
-        self.settings: list[EngineSettings] = []
-        self._failing = failing
+        self.settings: dict[int, EngineSettings] = {}
+        self.under_way: list[int] = []
+        self._failing, self._cache_bytes = failing, cache_bytes
 
     async def __call__(self, settings: EngineSettings, index: int) -> Engine:
-        assert index == len(self.started)
+        self.under_way.append(index)
+        await asyncio.sleep(0)
         if index == self._failing:
             raise ValueError("no room")
-        self.settings.append(settings)
-        self.started.append(ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO))
+        self.settings[index] = settings
+        info = replace(INFO, kv_cache_bytes=0 if settings.kv_cache_gib else self._cache_bytes)
+        self.started.append(ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), info))
         return self.started[-1]
 
 
@@ -46,20 +52,49 @@ def test_shares_make_up_the_whole() -> None:
 async def test_one_engine_gets_everything() -> None:
     start, settings = Starter(), EngineSettings("m", max_num_seqs=7)
     assert await start_engines(settings, start) is start.started[0]
-    assert start.settings == [settings]
+    assert start.settings == {0: settings}
 
 
-async def test_several_engines_start_one_after_the_other_with_a_share_each() -> None:
+async def test_several_engines_have_a_share_each_and_die_as_one() -> None:
     start, settings = Starter(), EngineSettings("m", engines=2, max_num_seqs=7)
     group = await start_engines(settings, start)
-    assert start.settings == [share(settings)] * 2
+    assert start.settings == dict.fromkeys((0, 1), share(settings))
     assert group.is_alive
     await start.started[1].close()
     assert not group.is_alive
 
 
-async def test_what_has_started_is_stopped_when_the_next_one_does_not_start() -> None:
-    start = Starter(failing=2)
+async def test_the_first_starts_alone_and_the_others_get_a_cache_of_its_size() -> None:
+    start, settings = Starter(cache_bytes=3 * GIB + 1), EngineSettings("m", engines=3)
+    seen: list[list[int]] = []
+
+    async def watched(part: EngineSettings, index: int) -> Engine:
+        engine = await start(part, index)
+        seen.append(list(start.under_way))
+        return engine
+
+    await start_engines(settings, watched)
+    assert seen == [[0], [0, 1, 2], [0, 1, 2]]
+    assert start.settings[0].kv_cache_bytes(is_cpu=False) is None
+    assert [start.settings[index].kv_cache_bytes(is_cpu=False) for index in (1, 2)] == [3 * GIB + 1] * 2
+
+
+async def test_the_environment_of_engines_stays_until_all_have_started() -> None:
+    start, settings = Starter(), EngineSettings("m", engines=3, threads=2)
+
+    async def in_it(part: EngineSettings, index: int) -> Engine:
+        with environment(part.environment()):
+            engine = await start(part, index)
+        assert os.environ["OMP_NUM_THREADS"] == "2"  # another one's end has not taken it away
+        return engine
+
+    before = dict(os.environ)
+    await start_engines(settings, in_it)
+    assert dict(os.environ) == before
+
+
+async def test_what_has_started_is_stopped_when_one_does_not_start() -> None:
+    start = Starter(failing=1)
     with pytest.raises(ValueError, match="no room"):
         await start_engines(EngineSettings("m", engines=3), start)
     assert [engine.is_alive for engine in start.started] == [False, False]
@@ -69,9 +104,9 @@ async def test_engines_that_came_up_with_different_weights_are_stopped() -> None
     start = Starter()
 
     async def different(settings: EngineSettings, index: int) -> Engine:
-        engine = await start(settings, index)
-        start.started[index].parts["norm.weight"][0] = float(index)
-        return engine
+        await start(settings, index)
+        start.started[-1].parts["norm.weight"][0] = float(index)
+        return start.started[-1]
 
     with pytest.raises(EngineError, match="another copy"):
         await start_engines(EngineSettings("m", engines=2), different)
