@@ -30,6 +30,7 @@ class EngineInfo:
     tokenizer_hash: str
     kv_cache_dtype: str = "auto"
     kv_cache_tokens: int = field(default=0, compare=False)  # what memory was free, not what the model is
+    kv_cache_bytes: int = field(default=0, compare=False)  # of each device; 0 where it was not measured but asked for
 
 
 @dataclass(frozen=True)

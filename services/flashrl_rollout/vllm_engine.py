@@ -101,7 +101,8 @@ class VllmEngine:
 
     async def _open(self, folder: Path) -> None:
         try:
-            self._layout = rank_replies.layout(await self._workers("flashrl_open", str(folder)))
+            replies = await self._workers("flashrl_open", str(folder))
+            self._layout = rank_replies.layout(replies)
         except EngineError as error:
             raise ValueError(str(error)) from error
         await self._core(self._llm.engine_core.set_weight_version_async("0"))
@@ -110,6 +111,7 @@ class VllmEngine:
 
     @property
     def is_alive(self) -> bool:
+        self.info = replace(self.info, kv_cache_bytes=min(int(reply["kv_cache_bytes"]) for reply in replies))
         """False once a process of the engine has died or hangs, or its weights are lost."""
         return not self._is_lost and not self._llm.errored and not self._is_stalled
 
@@ -284,7 +286,8 @@ def _launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> Async
         max_model_len=settings.max_model_len or None,
         max_num_seqs=settings.max_num_seqs,
         gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * (1 << 30)) if is_cpu else None,
+        kv_cache_memory_bytes=settings.kv_cache_bytes(is_cpu),
+        kv_cache_dtype=settings.kv_cache_dtype,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=True,
         # on the CPU vLLM 0.32 dies of a prefill cut in two when the request has a seed: it rewinds the generator
