@@ -3,6 +3,7 @@
 Knows which part needs which setting; knows nothing of what the parts do.
 """
 
+from flashrl_rollout.app import empty_app
 from flashrl_rollout.config import RolloutConfig
 from flashrl_rollout.engine import Engine
 from flashrl_rollout.generation import Generator
@@ -11,6 +12,7 @@ from flashrl_rollout.lease import RunLease
 from flashrl_rollout.receiver import Receiver
 from flashrl_rollout.service import Parts
 from flashrl_rollout.stage_dir import StageDir
+from flashrl_rollout.standard_routes import StandardRoutes
 from flashrl_rollout.store import UpdateSettings, WeightStore
 from flashrl_rollout.versions import VersionGate
 from flashrl_rollout.weights import Weights, WriteSettings
@@ -28,7 +30,13 @@ async def assemble(
     history = History(config.audit_every, on_result)
     store = WeightStore(engine, weights, receiver, stage_dir, lease, history, _update_settings(config))
     generator = Generator(engine, gate, config.request_timeout_s)
-    return Parts(engine, gate, weights, store, generator, lease, history, receiver)
+    standard = await _standard_routes(config, engine, gate)
+    return Parts(engine, gate, weights, store, generator, lease, history, receiver, standard)
+
+
+async def _standard_routes(config: RolloutConfig, engine: Engine, gate: VersionGate) -> StandardRoutes | None:
+    app = await engine.standard_app(empty_app)
+    return None if app is None else StandardRoutes(app, gate, config.request_timeout_s)
 
 
 def _write_settings(config: RolloutConfig) -> WriteSettings:

@@ -15,9 +15,9 @@ import typer
 
 from flashrl_rollout.bench.command import bench
 from flashrl_rollout.config import RolloutConfig, load_config
-from flashrl_rollout.security import write_keys
 from flashrl_rollout.logs import set_up_logging
 from flashrl_rollout.measure.command import measure
+from flashrl_rollout.security import write_keys
 
 if TYPE_CHECKING:  # torch and vllm take seconds, which --help and a mistyped flag should not
     from flashrl_rollout.engine import Engine
@@ -63,16 +63,17 @@ def serve(
     token_file: Annotated[str | None, _flag("token_file")] = None,
     keys_dir: Annotated[str | None, _flag("keys_dir")] = None,
     device: Annotated[str | None, _flag("device")] = None,
-    tensor_parallel_size: Annotated[str | None, _flag("tensor_parallel_size")] = None,
     engines: Annotated[str | None, _flag("engines")] = None,
+    tensor_parallel_size: Annotated[str | None, _flag("tensor_parallel_size")] = None,
     max_model_len: Annotated[str | None, _flag("max_model_len")] = None,
     max_num_seqs: Annotated[str | None, _flag("max_num_seqs")] = None,
     gpu_memory_utilization: Annotated[str | None, _flag("gpu_memory_utilization")] = None,
     kv_cache_gib: Annotated[str | None, _flag("kv_cache_gib")] = None,
+    kv_cache_dtype: Annotated[str | None, _flag("kv_cache_dtype")] = None,
     enforce_eager: Annotated[bool | None, typer.Option(help="No CUDA graphs and no compilation")] = None,
+    output_interval: Annotated[str | None, _flag("output_interval")] = None,
     seed: Annotated[str | None, _flag("seed")] = None,
     threads: Annotated[str | None, _flag("threads")] = None,
-    output_interval: Annotated[str | None, _flag("output_interval")] = None,
     start_timeout_s: Annotated[str | None, _flag("start_timeout_s")] = None,
     max_waiting: Annotated[str | None, _flag("max_waiting")] = None,
     request_timeout_s: Annotated[str | None, _flag("request_timeout_s")] = None,
@@ -90,6 +91,7 @@ def serve(
     checkpoint_roots: Annotated[str | None, _flag("checkpoint_roots")] = None,
     stage_root: Annotated[str | None, _flag("stage_root")] = None,
     log_level: Annotated[str | None, _flag("log_level")] = None,
+    log_format: Annotated[str | None, _flag("log_format")] = None,
 ) -> None:
     """Load a model and serve it until Ctrl-C or SIGTERM (exit code 0); 1 when the engine fails, 2 for a mistake."""
     flags = {name: value for name, value in ctx.params.items() if value is not None and name != "config"}
@@ -97,7 +99,6 @@ def serve(
         settings = load_config(config, os.environ, flags)
         set_up_logging(settings.log_level, settings.log_format)
         from flashrl_rollout.model_check import check_model
-    log_format: Annotated[str | None, _flag("log_format")] = None,
 
         check_model(settings.model)
         from flashrl_rollout import serving, startup
@@ -110,9 +111,9 @@ def serve(
 
 async def _start_vllm(config: RolloutConfig) -> "Engine":
     from flashrl_rollout.engine_settings import EngineSettings
+    from flashrl_rollout.engine_start import start_engines
 
     engine = await asyncio.to_thread(_import_vllm)  # takes 15 s, in which /health must answer
-    from flashrl_rollout.engine_start import start_engines
     settings = EngineSettings(**{name: getattr(config, name) for name in _names(EngineSettings)})
     started = await start_engines(settings, engine.starter(settings.engines))
     gc.collect()

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -68,13 +68,13 @@ class ServiceProcess:
         self._bound.receiver.start()
         serving = asyncio.create_task(self._http.serve(sockets=[self._bound.http]))
         serving.add_done_callback(lambda _: self._stop.set())
+        timekeeping = asyncio.create_task(self._service.keep_time())
         try:
             return await self._run()
-        timekeeping = asyncio.create_task(self._service.keep_time())
         finally:
+            timekeeping.cancel()
             self._http.should_exit = True
             await serving
-            timekeeping.cancel()
             self._bound.close()
 
     async def _run(self) -> int:
@@ -88,6 +88,8 @@ class ServiceProcess:
             )
             self._service.parts = parts
             self._announce(parts.weights.layout.quantized_fraction)
+            info = engine.info
+            logger.info("room for %d tokens of keys and values (%s)", info.kv_cache_tokens, info.kv_cache_dtype)
             code = await self._watch(parts)
             await self._drain(parts)
             return code
@@ -151,6 +153,8 @@ class ServiceProcess:
         for end in ends:
             end.cancel()
         self._service.fence("the service is stopping")
+        with suppress(TimeoutError):  # before the engine ends, whose failure they would be told of instead
+            await asyncio.wait_for(parts.gate.idle(), _HTTP_GRACE_S)
         await parts.store.close(self._config.shutdown_grace_s)
 
 

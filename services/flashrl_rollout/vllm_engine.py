@@ -8,40 +8,48 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from huggingface_hub import snapshot_download
+from pydantic import ValidationError
+from starlette.types import ASGIApp
 from vllm import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
-from vllm.usage.usage_lib import UsageContext
 
 from flashrl_rollout import rank_replies
 from flashrl_rollout.completions import completions, sampling_params
+from flashrl_rollout.device_memory import DeviceMemory
 from flashrl_rollout.engine import EngineCompletion, EngineDeadError, EngineError, EngineInfo, EngineStats
 from flashrl_rollout.engine_settings import EngineSettings, environment
-from flashrl_rollout.gauges import Gauges
-from flashrl_rollout.packed_layers import check_patterns
-from flashrl_rollout.staged import StagedUpdate
-from flashrl_rollout.stall import StallWatch
-from flashrl_rollout.tokenization import Tokenization
 from flashrl_rollout.engine_start import StartEngine
-from flashrl_rollout.device_memory import DeviceMemory
-from flashrl_rollout.openai_routes import add_standard_routes
+from flashrl_rollout.gauges import Gauges
 from flashrl_rollout.memory_check import check_memory
 from flashrl_rollout.model_check import check_folder
 from flashrl_rollout.model_limits import check_supported
-from flashrl_wire.digest import PartDigest
+from flashrl_rollout.openai_routes import add_standard_routes
+from flashrl_rollout.packed_layers import check_patterns
 from flashrl_rollout.schedulers import INTERVAL_KEY
 from flashrl_rollout.shared_metrics import SharedMetrics
+from flashrl_rollout.staged import StagedUpdate
+from flashrl_rollout.stall import StallWatch
+from flashrl_rollout.tokenization import Tokenization
+from flashrl_rollout.warm_up import warm_up
+from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Sampling
 
 _WORKER = "flashrl_rollout.worker.WorkerExtension"
+_SCHEDULERS = {
+    "cpu": "flashrl_rollout.schedulers.HoldingScheduler",
+    "cuda": "flashrl_rollout.schedulers.HoldingAsyncScheduler",
+}
 _METHODS = {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
 _CALL_TIMEOUT_S = 1800.0
 _RESUME_TIMEOUT_S = 300.0  # longer than any step: an engine that has not answered by then never will
@@ -49,10 +57,6 @@ _HEARTBEAT_S = 0.5
 _DEATH_NOTICE_S = 1.0
 _SHUTDOWN_S = 20.0
 _MODES = {"keep": "keep", "drain": "wait"}
-_SCHEDULERS = {
-    "cpu": "flashrl_rollout.schedulers.HoldingScheduler",
-    "cuda": "flashrl_rollout.schedulers.HoldingAsyncScheduler",
-}
 
 
 class VllmEngine:
@@ -73,6 +77,8 @@ class VllmEngine:
             vocab_size=config.get_vocab_size(),
             max_model_len=config.max_model_len,
             tokenizer_hash=self._tokenization.hash,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            kv_cache_tokens=llm.vllm_config.cache_config.kv_cache_size_tokens or 0,
         )
 
     @classmethod
@@ -105,13 +111,12 @@ class VllmEngine:
             self._layout = rank_replies.layout(replies)
         except EngineError as error:
             raise ValueError(str(error)) from error
+        self.info = replace(self.info, kv_cache_bytes=min(int(reply["kv_cache_bytes"]) for reply in replies))
         await self._core(self._llm.engine_core.set_weight_version_async("0"))
-        # first uses compile or tune kernels; a request should not wait for that
-        await self.generate("warm-up", [0], 2, Sampling(max_tokens=2, temperature=1.0), 1)
+        await warm_up(self)
 
     @property
     def is_alive(self) -> bool:
-        self.info = replace(self.info, kv_cache_bytes=min(int(reply["kv_cache_bytes"]) for reply in replies))
         """False once a process of the engine has died or hangs, or its weights are lost."""
         return not self._is_lost and not self._llm.errored and not self._is_stalled
 
@@ -213,6 +218,12 @@ class VllmEngine:
         await self._workers("flashrl_keep")
         await self._core(core.set_weight_version_async(str(version)))
 
+    async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp:
+        """vLLM's own HTTP routes for this engine, in a FastAPI app that `empty_app` makes."""
+        app = empty_app()
+        await add_standard_routes(app, self._llm, self.info.model)
+        return cast("ASGIApp", app)
+
     async def stats(self) -> EngineStats:
         """Gauges."""
         stats = self._gauges.stats()
@@ -268,7 +279,9 @@ def _folder(model: str) -> Path:
     """The checkpoint's folder, fetched from the model hub where `model` is no folder."""
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    check_folder(folder)
+    return folder
 
 
 def _launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> AsyncLLM:
@@ -276,6 +289,10 @@ def _launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> Async
     is_cpu = current_platform.is_cpu()
     if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
         raise ValueError(f"device: {settings.device} asked for, but vLLM here runs on {current_platform.device_type}")
+    if is_cpu and settings.kv_cache_dtype == "fp8" and not torch.cpu.get_capabilities().get("avx512_f"):
+        raise ValueError("kv_cache_dtype: on a CPU fp8 needs AVX-512, which this one has not")
+    if not is_cpu:
+        check_memory(folder, settings, current_platform.get_device_total_memory())
     arguments = AsyncEngineArgs(
         model=str(folder),
         served_model_name=settings.model,
@@ -305,12 +322,6 @@ def _launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> Async
         if settings.keep_bf16:
             check_patterns(settings.layer_selection(), config, folder)
         # the limits of vLLM's own server; without a context a step has 2048 tokens at most, also on the largest GPU
-        return AsyncLLM.from_engine_args(
-            arguments, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers
-        )
+        return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers)
     except ValidationError as error:  # its text has several lines, one of them an address
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-    if is_cpu and settings.kv_cache_dtype == "fp8" and not torch.cpu.get_capabilities().get("avx512_f"):
-        raise ValueError("kv_cache_dtype: on a CPU fp8 needs AVX-512, which this one has not")
-    if not is_cpu:
-        check_memory(folder, settings, current_platform.get_device_total_memory())
