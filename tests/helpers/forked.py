@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,19 @@ class Program:
 class ServiceProgram(Program):
     """A scripted service with the weights of a model's folder; `deaf`: it hears nothing on its weights port."""
 
-    def __init__(self, log: Path, ports: Sequence[int], *, deaf: bool = False, **options: Any) -> None:
-        variables = {"PORT": str(ports[0]), "WEIGHTS_PORT": str(ports[1]), "STAGE_ROOT": str(log.parent)}
+    def __init__(
+        self,
+        log: Path,
+        ports: Sequence[int],
+        *,
+        deaf: bool = False,
+        settings: Mapping[str, object] | None = None,
+        **options: Any,
+    ) -> None:
+        values = {"port": ports[0], "weights_port": ports[1], "stage_root": log.parent} | dict(settings or {})
         name = "deaf service" if deaf else "service"
-        settings = {f"FLASHRL_ROLLOUT_{key}": value for key, value in variables.items()}
-        super().__init__(name, [json.dumps(options)], log, settings)
+        variables = {f"FLASHRL_ROLLOUT_{key.upper()}": str(value) for key, value in values.items()}
+        super().__init__(name, [json.dumps(options)], log, variables)
         self.url = f"http://127.0.0.1:{ports[0]}"
         self._http = httpx.Client(base_url=self.url, timeout=LIMIT_S)  # one, since making it takes 30 ms
 
