@@ -4,21 +4,14 @@ Knows vLLM's pausing, weight versions and worker calls; knows nothing of HTTP, t
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from huggingface_hub import snapshot_download
-from pydantic import ValidationError
 from starlette.types import ASGIApp
-from vllm import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
-from vllm.platforms import current_platform
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
@@ -30,27 +23,17 @@ from flashrl_rollout.engine import EngineCompletion, EngineDeadError, EngineErro
 from flashrl_rollout.engine_settings import EngineSettings, environment
 from flashrl_rollout.engine_start import StartEngine
 from flashrl_rollout.gauges import Gauges
-from flashrl_rollout.memory_check import check_memory
-from flashrl_rollout.model_check import check_folder
-from flashrl_rollout.model_limits import check_supported
 from flashrl_rollout.openai_routes import add_standard_routes
-from flashrl_rollout.packed_layers import check_patterns
-from flashrl_rollout.schedulers import INTERVAL_KEY
 from flashrl_rollout.shared_metrics import SharedMetrics
 from flashrl_rollout.staged import StagedUpdate
 from flashrl_rollout.stall import StallWatch
 from flashrl_rollout.tokenization import Tokenization
+from flashrl_rollout.vllm_launch import find_folder, launch
 from flashrl_rollout.warm_up import warm_up
 from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Sampling
 
-_WORKER = "flashrl_rollout.worker.WorkerExtension"
-_SCHEDULERS = {
-    "cpu": "flashrl_rollout.schedulers.HoldingScheduler",
-    "cuda": "flashrl_rollout.schedulers.HoldingAsyncScheduler",
-}
-_METHODS = {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
 _CALL_TIMEOUT_S = 1800.0
 _RESUME_TIMEOUT_S = 300.0  # longer than any step: an engine that has not answered by then never will
 _HEARTBEAT_S = 0.5
@@ -93,10 +76,10 @@ class VllmEngine:
 
         `loggers` are vLLM's factories of loggers besides its own.
         """
-        folder = await asyncio.to_thread(_folder, settings.model)
+        folder = await asyncio.to_thread(find_folder, settings.model)
         gauges = Gauges()
         with environment(settings.environment()):
-            llm = await asyncio.to_thread(_launch, settings, folder, [gauges.factory, *loggers])
+            llm = await asyncio.to_thread(launch, settings, folder, [gauges.factory, *loggers])
         try:
             engine = cls(llm, settings, gauges)
             await engine._open(folder)
@@ -273,55 +256,3 @@ class VllmEngine:
 
 def _nothing() -> None:
     """The shutdown of an engine that has been shut down."""
-
-
-def _folder(model: str) -> Path:
-    """The checkpoint's folder, fetched from the model hub where `model` is no folder."""
-    if Path(model).is_dir():
-        return Path(model)
-    folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    check_folder(folder)
-    return folder
-
-
-def _launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> AsyncLLM:
-    logging.getLogger("vllm").setLevel(settings.environment()["VLLM_LOGGING_LEVEL"])
-    is_cpu = current_platform.is_cpu()
-    if settings.device not in ("auto", "cpu" if is_cpu else "cuda"):
-        raise ValueError(f"device: {settings.device} asked for, but vLLM here runs on {current_platform.device_type}")
-    if is_cpu and settings.kv_cache_dtype == "fp8" and not torch.cpu.get_capabilities().get("avx512_f"):
-        raise ValueError("kv_cache_dtype: on a CPU fp8 needs AVX-512, which this one has not")
-    if not is_cpu:
-        check_memory(folder, settings, current_platform.get_device_total_memory())
-    arguments = AsyncEngineArgs(
-        model=str(folder),
-        served_model_name=settings.model,
-        quantization=_METHODS.get(settings.quantization, "flashrl_bf16" if is_cpu else None),
-        load_format="safetensors",
-        dtype="bfloat16",
-        tensor_parallel_size=settings.tensor_parallel_size,
-        max_model_len=settings.max_model_len or None,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory_bytes=settings.kv_cache_bytes(is_cpu),
-        kv_cache_dtype=settings.kv_cache_dtype,
-        enforce_eager=settings.enforce_eager,
-        enable_prefix_caching=True,
-        # on the CPU vLLM 0.32 dies of a prefill cut in two when the request has a seed: it rewinds the generator
-        enable_chunked_prefill=False if is_cpu else None,
-        logprobs_mode="processed_logprobs",
-        seed=settings.seed,
-        worker_extension_cls=_WORKER,
-        async_scheduling=None if is_cpu else True,
-        scheduler_cls=_SCHEDULERS["cpu" if is_cpu else "cuda"] if settings.output_interval > 1 else None,
-        additional_config={**settings.layer_selection().additional_config(), INTERVAL_KEY: settings.output_interval},
-    )
-    try:
-        config = arguments.create_model_config()
-        check_supported(config)
-        if settings.keep_bf16:
-            check_patterns(settings.layer_selection(), config, folder)
-        # the limits of vLLM's own server; without a context a step has 2048 tokens at most, also on the largest GPU
-        return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers)
-    except ValidationError as error:  # its text has several lines, one of them an address
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
