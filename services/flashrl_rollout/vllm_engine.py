@@ -237,19 +237,19 @@ class VllmEngine:
             raise EngineDeadError(f"the engine did not answer for {timeout_s:g} s") from error
         finally:
             task.cancel()
-        error = task.exception()
-        if isinstance(error, VllmDeadError):
-            raise EngineDeadError("the engine has died") from error
-        if error is not None:  # vLLM passes on whatever happened in the engine's process as a bare Exception
+        failure = task.exception()
+        if isinstance(failure, VllmDeadError):
+            raise EngineDeadError("the engine has died") from failure
+        if failure is not None:  # vLLM passes on whatever happened in the engine's process as a bare Exception
             if await self._dies():
-                raise EngineDeadError("the engine has died") from error
-            raise EngineError(str(error)) from error
+                raise EngineDeadError("the engine has died") from failure
+            raise EngineError(str(failure)) from failure
         return task.result()
 
     async def _dies(self) -> bool:
         """Whether the engine is dead or about to be: calls fail a moment before vLLM knows that a worker is gone."""
         deadline = asyncio.get_running_loop().time() + _DEATH_NOTICE_S
-        while not self._llm.errored and asyncio.get_running_loop().time() < deadline:
+        while not self._llm.errored and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110 (no event for it)
             await asyncio.sleep(_DEATH_NOTICE_S / 20)
         return bool(self._llm.errored)
 
