@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 from benchmarks import abuse_http, abuse_wire
 from benchmarks.bad_requests import bad_requests
-from benchmarks.openapi_cases import OpenApiCases, Sent
+from benchmarks.openapi_cases import DEPARTS, OpenApiCases, Sent
 from benchmarks.service_process import ServiceProcess, scripted_service, service
 
 MODEL = Path("examples/tiny_arith/model")
@@ -120,6 +120,8 @@ class Fuzz:
             self.report.fail(f"{sent.status} {sent.content[:300]!r} for {sent.name[:500]}")
         elif b"Traceback (most" in sent.content or b'File "/' in sent.content:
             self.report.fail(f"a stack trace for {sent.name[:500]}: {sent.content[:500]!r}")
+        elif DEPARTS in sent.name:
+            self.report.fail(sent.name[-800:])
         elif sent.status >= 400 and sent.method != "HEAD" and not _is_error(sent.content):
             self.report.fail(f"{sent.status} with no error in {sent.content[:300]!r} for {sent.name[:500]}")
 

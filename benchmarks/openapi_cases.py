@@ -13,8 +13,17 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase
 from schemathesis import Case, GenerationMode
+from schemathesis.core.failures import FailureGroup
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 EXAMPLES = 40
+DEPARTS = " DEPARTS FROM THE DESCRIPTION:"
+_CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
+_STANDARD = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions", "/inference/v1/generate"})
 _MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 
 
@@ -37,8 +46,10 @@ class OpenApiCases:
         self._url, self._limit_s = url, limit_s
         self._session = requests.Session()
         description = requests.get(f"{url}/openapi.json", timeout=limit_s).json()
+        self._model = ""
         if with_standard:
-            description["paths"] |= _standard_paths()
+            self._model = requests.get(f"{url}/v1/models", timeout=limit_s).json()["data"][0]["id"]
+            _add_standard(description)
         self._operations = [found.ok() for found in schemathesis.openapi.from_dict(description).get_all_operations()]
 
     def round(self, seed: int, end: float) -> Iterator[tuple[str, list[Sent]]]:
@@ -71,6 +82,8 @@ class OpenApiCases:
         return sent
 
     def _send(self, case: Case) -> Sent:
+        if case.formatted_path in _STANDARD and isinstance(case.body, dict):
+            case.body = self._steered(case.body, case.operation)
         name = f"{case.method} {case.formatted_path} {case.query} {case.headers} {case.body!r}"
         start = time.monotonic()
         try:
@@ -79,19 +92,41 @@ class OpenApiCases:
             is_ours = isinstance(error, requests.Timeout | requests.ConnectionError)
             status = 0 if is_ours else 1  # what requests itself cannot send never left
             return Sent(f"{name}: {error}", status, {}, b"", time.monotonic() - start, case.method)
+        seconds = time.monotonic() - start
         headers = {key.lower(): values[0] for key, values in reply.headers.items()}
-        return Sent(name, reply.status_code, headers, reply.content, time.monotonic() - start, case.method)
+        if case.formatted_path not in _STANDARD:
+            name += _departure(case, reply)
+        return Sent(name, reply.status_code, headers, reply.content, seconds, case.method)
+
+    def _steered(self, body: dict[str, Any], operation: Any) -> dict[str, Any]:
+        """Fewer fields that do not exist, and a model that does: else vLLM would look no further."""
+        declared = operation.body[0].definition["schema"].get("properties", {})
+        return {key: value for key, value in body.items() if key in declared} | {"model": self._model}
 
 
-def _standard_paths() -> dict[str, Any]:
+def _departure(case: Case, reply: schemathesis.Response) -> str:
+    """How an answer differs from the description, or nothing."""
+    try:
+        case.validate_response(reply, checks=_CHECKS)
+    except (AssertionError, FailureGroup) as failure:
+        return f"{DEPARTS} {' '.join(str(failure).split())[:300]}"
+    return ""
+
+
+def _add_standard(description: dict[str, Any]) -> None:
     """vLLM's own routes, which the service's description leaves out."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 
-    paths: dict[str, Any] = {"/v1/models": {"get": {"responses": {"200": {"description": "models"}}}}}
-    for path, kind in (("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatCompletionRequest)):
-        schema = kind.model_json_schema()
-        content = {"application/json": {"schema": schema}}
-        operation = {"requestBody": {"content": content, "required": True}, "responses": {"200": {"description": ""}}}
-        paths[path] = {"post": operation}
-    return paths
+    replies = {"200": {"description": "whatever vLLM says"}}
+    description["paths"]["/v1/models"] = {"get": {"responses": replies}}
+    for path, kind in (
+        ("/v1/completions", CompletionRequest),
+        ("/v1/chat/completions", ChatCompletionRequest),
+        ("/inference/v1/generate", GenerateRequest),
+    ):
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        description["components"]["schemas"] |= schema.pop("$defs", {})
+        body = {"content": {"application/json": {"schema": schema}}, "required": True}
+        description["paths"][path] = {"post": {"requestBody": body, "responses": replies}}

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -26,6 +27,7 @@ from flashrl_wire.errors import UnknownRouteError, WireError
 from flashrl_wire.layout import TensorSpec
 from flashrl_wire.messages import (
     CommitReply,
+    ErrorReply,
     GenerateRequest,
     GenerateResponse,
     LoadCheckpoint,
@@ -36,12 +38,18 @@ from flashrl_wire.messages import (
     WeightsInfo,
 )
 
+_REFUSALS: dict[int | str, dict[str, object]] = {
+    "4XX": {"model": ErrorReply, "description": "The request is refused; `code` says why"},
+    "503": {"model": ErrorReply, "description": "Not now: see Retry-After"},
+}
 CLIENT_GONE_STATUS = 499  # nobody reads it; it is for the request count
 
 
 def create_app(service: Service, *, token: str | None, max_body_bytes: int) -> FastAPI:
     """All routes over `service`; `token` None asks for none."""
-    app = FastAPI(title="FlashRL rollout service", strict_content_type=False, redirect_slashes=False)
+    app = FastAPI(
+        title="FlashRL rollout service", responses=_REFUSALS, strict_content_type=False, redirect_slashes=False
+    )
     _add_errors(app)
     _add_sampling(app, service)
     _add_weights(app, service)
@@ -133,7 +141,9 @@ def _add_weights(app: FastAPI, service: Service) -> None:
 
 
 def _add_updates(app: FastAPI, service: Service) -> None:
-    @app.post("/load_weights", response_model=CommitReply | TransferAccepted)
+    @app.post(
+        "/load_weights", response_model=CommitReply | TransferAccepted, responses={202: {"model": TransferAccepted}}
+    )
     async def load_weights(body: Annotated[LoadWeights, Body()], response: Response) -> CommitReply | TransferAccepted:
         store = service.require().store
         if isinstance(body, LoadCheckpoint):
@@ -166,7 +176,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def ready() -> dict[str, bool | int]:
         return {"ready": True, "version": service.require_sampling().weights.version}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(await metrics_text(service), media_type="text/plain; version=0.0.4")
 

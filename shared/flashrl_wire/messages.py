@@ -227,3 +227,18 @@ class PauseReply(_Message):
     """The state after `/pause` or `/resume`."""
 
     paused: bool
+
+
+class ErrorDetail(BaseModel):
+    """`code` is one of `errors.ERRORS`; beside it stand facts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+
+
+class ErrorReply(BaseModel):
+    """The body of every reply of 400 and above."""
+
+    error: ErrorDetail
