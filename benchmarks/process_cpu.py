@@ -33,7 +33,7 @@ class CpuTimes:
     def since(self, before: "CpuTimes", seconds: float) -> Usage:
         """What was used in between, `seconds` of wall time."""
         used = {thread: (now - before.threads.get(thread, 0.0)) / seconds for thread, now in self.threads.items()}
-        engines = sorted(pid for pid, name in self.names.items() if _ENGINE in name)
+        engines = sorted(pid for pid, name in self.names.items() if _ENGINE in name and pid != self.root)
         labels = {self.root: "service"} | {pid: f"engine {index}" for index, pid in enumerate(engines)}
         busiest = sorted(used.items(), key=lambda item: -item[1])[:_BUSIEST]
         return Usage(
