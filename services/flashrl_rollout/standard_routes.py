@@ -25,6 +25,7 @@ ROUTES: Mapping[str, str] = {
 """Path and method of each; no other route of vLLM's can be reached."""
 
 _LEAVE_S = 10.0
+_MANY = 1 << 31  # more than any queue holds; JSON's numbers may be too long to be printed again
 
 
 class StandardRoutes:
@@ -160,6 +161,6 @@ def _num_prompts(prompt: Any) -> int:
 
 def _count(n: Any) -> int:
     try:
-        return max(1, int(n))  # vLLM takes "2" for 2
+        return max(1, min(int(n), _MANY))  # vLLM takes "2" for 2
     except (TypeError, ValueError, OverflowError):
         return 1

@@ -222,6 +222,12 @@ async def test_a_fence_ends_what_runs(tmp_path: Path) -> None:
         assert gate.active_requests == 0
 
 
+async def test_a_number_too_long_to_be_printed_is_too_many(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (rig, _):
+        body = b'{"prompt": ["a", "b", "c"], "n": ' + b"9" * 4300 + b"}"
+        check_error(await rig.http.post(COMPLETIONS, content=body), 413, "too_large")
+
+
 async def test_a_request_has_a_limit(tmp_path: Path) -> None:
     async with serving(tmp_path, timeout_s=0.01) as (rig, fake):
         check_error(await ask(rig.http, COMPLETIONS), 503, "timed_out")
