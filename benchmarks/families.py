@@ -1,7 +1,7 @@
 """Does every model family start, sample and take a delta in every precision, bit for bit like a fresh start?
 
-    python benchmarks/families.py [--family llama ... | core | others | odd | refused | all] [--quantization int8 ...]
-        [--model FOLDER ...] [--json FILE]
+    python benchmarks/families.py [--family llama qwen2/fp8 ... | core | others | odd | refused | all]
+        [--quantization int8 fp8 none] [--model FOLDER ...] [--json FILE]
 
 For each family (tiny, random; `--model` adds real ones) and precision: an engine started from checkpoint A and taken
 to B by a delta, and one started from B. Tokens and log-probs of both must be equal, and those of A others. All of it in
@@ -53,9 +53,9 @@ def main() -> int:
     outcomes = []
     print(f"{'family':<20}{'precision':<11}{'tensors':>8}{'quantized':>10}{'changed':>10}{'s':>6}  result", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, first in _checkpoints(arguments, Path(scratch)):
-            second = tiny_models.step_away(first, Path(scratch) / f"{name}-second", seed=2)
-            for precision in arguments.quantization:
+        for number, (name, precisions, first) in enumerate(_checkpoints(arguments, Path(scratch))):
+            second = tiny_models.step_away(first, Path(scratch) / f"{number}-second", seed=2)
+            for precision in precisions:
                 outcomes.append(outcome(name, precision, first, second, Path(scratch)))
                 _show(outcomes[-1])
     if arguments.json:
@@ -70,24 +70,29 @@ def _arguments() -> argparse.Namespace:
         "odd": list(tiny_models.ODD),
         "refused": list(tiny_models.REFUSED),
         "all": [*tiny_models.CORE, *tiny_models.OTHERS, *tiny_models.ODD, *tiny_models.REFUSED],
-        "": [],
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=["all"], choices=[*groups, *groups["all"]], metavar="NAME")
+    parser.add_argument("--family", nargs="*", default=["all"], metavar="NAME[/PRECISION]")
     parser.add_argument("--quantization", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--model", nargs="+", type=Path, default=[], help="folders of real models")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.family = [name for chosen in arguments.family for name in groups.get(chosen, [chosen])]
+    for name in arguments.family:
+        family, _, precision = name.partition("/")
+        if family not in groups["all"] or precision not in (*PRECISIONS, ""):
+            parser.error(f"--family: {name} is none of {', '.join([*groups, *groups['all']])}, nor one with /int8")
     return arguments
 
 
-def _checkpoints(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path]]:
-    for family in arguments.family:
+def _checkpoints(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, list[str], Path]]:
+    """Name, precisions and folder of every model that was asked for."""
+    for number, chosen in enumerate(arguments.family):
+        family, _, precision = chosen.partition("/")
         make = tiny_models.make_odd if family in tiny_models.ODD else tiny_models.make
-        yield family, make(family, scratch / family)
+        yield family, [precision] if precision else arguments.quantization, make(family, scratch / f"{number}-first")
     for folder in arguments.model:
-        yield folder.name, folder
+        yield folder.name, arguments.quantization, folder
 
 
 def outcome(name: str, precision: str, first: Path, second: Path, scratch: Path) -> Outcome:
