@@ -45,7 +45,9 @@ def _flag(name: str) -> Any:
     field = RolloutConfig.model_fields[name]
     default = "" if field.is_required() or field.default in (None, ()) else f" (default {field.default})"
     choices = "|".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
-    return typer.Option(help=f"{field.description}{default}", metavar=choices or name.rpartition("_")[2].upper())
+    metavar = choices or name.rpartition("_")[2].upper()
+    # named outright: typer 0.27 takes a metavar that equals the name for the option's own spelling
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", metavar=metavar)
 
 
 @app.command()
