@@ -186,7 +186,7 @@ class WeightStore:
         active = self._require(transfer_id)
         staged = active.require_staged()
         if active.commit is None:
-            active.commit = _unwatched(self._commit(active, staged))
+            active.commit = asyncio.create_task(self._commit(active, staged))
         return await asyncio.shield(active.commit)  # a client that leaves must not leave half a commit behind
 
     def _require(self, transfer_id: str) -> ActiveTransfer:
@@ -248,7 +248,7 @@ class WeightStore:
         self._check_idle(None)
         if self._weights.poisoned:
             raise poisoned_error()
-        self._loading = _unwatched(self._load(folder, request.version))
+        self._loading = asyncio.create_task(self._load(folder, request.version))
         return await asyncio.shield(self._loading)
 
     async def _load(self, folder: Path, version: int) -> CommitReply:
@@ -282,10 +282,3 @@ class WeightStore:
             self._drop(self._active, UnknownTransferError("the service is stopping"), "aborted")
         if running:
             await asyncio.wait(running, timeout=timeout_s)
-
-
-def _unwatched(work: Coroutine[None, None, CommitReply]) -> asyncio.Task[CommitReply]:
-    """A task whose failure is no surprise where nobody waits for it any more: it is in the history and the log."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task

@@ -1,7 +1,6 @@
 """Commits in which the engine fails at every step: the old weights are served again, or nothing is."""
 
 import asyncio
-import gc
 from pathlib import Path
 
 import pytest
@@ -157,20 +156,6 @@ async def test_commit_goes_on_when_its_client_leaves(rig: Rig) -> None:
     abort = await rig.trainer.abort(transfer_id)
     assert (abort.status_code, abort.json()["error"]["code"]) == (409, "update_in_progress")
     assert (await rig.trainer.commit(transfer_id)).json()["version"] == 1
-
-
-async def test_commit_that_fails_after_its_client_left_is_no_surprise(
-    rig: Rig, caplog: pytest.LogCaptureFixture
-) -> None:
-    rig.engine.faults.apply_delay_s, rig.engine.faults.corrupt_write = 0.05, True
-    transfer_id = await rig.trainer.staged(rig.delta())
-    first = asyncio.create_task(rig.trainer.commit(transfer_id))
-    await rig.until(lambda: rig.parts.gate.is_closed_by("commit"))
-    first.cancel()
-    await rig.until(lambda: not rig.parts.gate.is_closed_by("commit"))
-    assert (await rig.trainer.commit(transfer_id)).json()["error"]["code"] == "digest_mismatch"
-    gc.collect()  # asyncio complains of a failure that nobody has looked at when the task is forgotten
-    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_request_waits_for_the_commit_and_sees_its_version(rig: Rig) -> None:
