@@ -177,6 +177,7 @@ def started(args: argparse.Namespace, log: Path) -> Iterator[ServiceProcess]:
     if args.real:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
         flags += ["--device=cpu", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--threads=1"]
+        flags += ["--quantize-layers=all"]
         with service(str(MODEL), args.quantization, log, *flags) as running:
             yield running
     else:
