@@ -4,7 +4,7 @@ Knows sockets; knows nothing of routes. Every attempt has to end, with an answer
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 HOST = "127.0.0.1"
@@ -149,12 +149,12 @@ async def _try(port: int, attempt: Attempt) -> Ended:
     start = loop.time()
     reader, writer = await asyncio.open_connection(HOST, port)
     reading = asyncio.create_task(_read(reader))
-    sending: Awaitable[None] = asyncio.create_task(_send(writer, attempt))
+    sending = asyncio.create_task(_send(writer, attempt))
     try:
         await asyncio.wait({reading}, timeout=PATIENCE_S)
     finally:
-        for task in (reading, sending):
-            task.cancel()  # type: ignore[attr-defined]
+        reading.cancel()
+        sending.cancel()
         await asyncio.gather(reading, sending, return_exceptions=True)
         writer.close()
     content = b"" if reading.cancelled() else reading.result()

@@ -131,8 +131,8 @@ def _loads() -> Iterator[BadRequest]:
     yield load("outside of the roots", 403, **checkpoint)
     for path in ("/", "..", "/etc", "/proc/self/environ", "~", "a" * 4096):
         yield load(f"path {path[:20]}", 403, 422, **checkpoint | {"path": path})
-    for path in ("", "a" * 4097, "a\0b", "\ud800", None, 7, ["x"]):
-        yield load(f"path {str(path)[:20]!r}", 422, **checkpoint | {"path": path})
+    for value in ("", "a" * 4097, "a\0b", "\ud800", None, 7, ["x"]):
+        yield load(f"path {str(value)[:20]!r}", 422, **checkpoint | {"path": value})
     for version in (-1, INT64, 10**30, "x", None, 0.5):
         yield load(f"version {version}", 422, **checkpoint | {"version": version})
     manifest = _manifest()

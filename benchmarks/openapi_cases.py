@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase
 from schemathesis import Case, GenerationMode
 from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -50,7 +51,8 @@ class OpenApiCases:
         if with_standard:
             self._model = requests.get(f"{url}/v1/models", timeout=limit_s).json()["data"][0]["id"]
             _add_standard(description)
-        self._operations = [found.ok() for found in schemathesis.openapi.from_dict(description).get_all_operations()]
+        operations = schemathesis.openapi.from_dict(description).get_all_operations()
+        self._operations = [found.ok() for found in operations if isinstance(found, Ok)]
 
     def round(self, seed: int, end: float) -> Iterator[tuple[str, list[Sent]]]:
         """Some requests for every operation, right ones and wrong ones, until `end` (time.monotonic())."""
@@ -71,7 +73,7 @@ class OpenApiCases:
             suppress_health_check=list(HealthCheck),
         )
         @hypothesis.given(case=strategy)
-        def draw(case: Case) -> None:
+        def draw(case: Case[Any]) -> None:
             if time.monotonic() < end:
                 sent.append(self._send(case))
 
@@ -81,7 +83,7 @@ class OpenApiCases:
             return sent
         return sent
 
-    def _send(self, case: Case) -> Sent:
+    def _send(self, case: Case[Any]) -> Sent:
         if case.formatted_path in _STANDARD and isinstance(case.body, dict):
             case.body = self._steered(case.body, case.operation)
         name = f"{case.method} {case.formatted_path} {case.query} {case.headers} {case.body!r}"
@@ -104,7 +106,7 @@ class OpenApiCases:
         return {key: value for key, value in body.items() if key in declared} | {"model": self._model}
 
 
-def _departure(case: Case, reply: schemathesis.Response) -> str:
+def _departure(case: Case[Any], reply: schemathesis.Response) -> str:
     """How an answer differs from the description, or nothing."""
     try:
         case.validate_response(reply, checks=_CHECKS)
