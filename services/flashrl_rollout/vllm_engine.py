@@ -35,6 +35,7 @@ from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import PauseMode, Sampling
 
 _CALL_TIMEOUT_S = 1800.0
+_SHORTEST_STALL_S = 60.0  # a busy machine may hold a step up for longer than a short limit of requests
 _RESUME_TIMEOUT_S = 300.0  # longer than any step: an engine that has not answered by then never will
 _HEARTBEAT_S = 0.5
 _DEATH_NOTICE_S = 1.0
@@ -52,7 +53,7 @@ class VllmEngine:
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
         self._is_lost = self._is_paused = False
-        self._stall_watch = StallWatch(settings.request_timeout_s)
+        self._stall_watch = StallWatch(max(settings.request_timeout_s, _SHORTEST_STALL_S))
         config = llm.model_config
         self.info = EngineInfo(
             model=settings.model,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.helpers.forked import LIMIT_S, free_ports
+
+from flashrl_rollout import startup
+from flashrl_rollout.config import RolloutConfig
 
 CONNECTIONS = 120
 OPEN_FILES = 64
@@ -58,3 +62,15 @@ def test_log_that_cannot_be_written_stops_nothing(port: int) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as http:
         assert http.post("/load_weights", json={"kind": "checkpoint", "path": "/x", "version": 1}).status_code == 403
         assert http.get("/ready").status_code == 200
+
+
+def test_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        config = RolloutConfig(model="scripted", port=0, weights_port=0, stage_root=tmp_path)
+        startup.bind(config, {}).close()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (soft > 256, hard) == (True, before[1])
