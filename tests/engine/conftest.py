@@ -5,10 +5,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.helpers.real_engine import MAX_MODEL_LEN, PROMPTS, ROOT, Checkpoints, LoopThread, make_checkpoints, output_of
+from tests.helpers.real_engine import (
+    KEPT_BY_FP8,
+    MAX_MODEL_LEN,
+    PROMPTS,
+    ROOT,
+    Checkpoints,
+    LoopThread,
+    make_checkpoints,
+    output_of,
+)
 
 from flashrl_rollout.engine import Engine
 from flashrl_rollout.engine_settings import EngineSettings
+from flashrl_rollout.layer_selection import LayerSelection
 from flashrl_wire.messages import Quantization
 
 MODEL = ROOT / "examples" / "tiny_arith" / "model"
@@ -44,7 +54,13 @@ def _engine(loop: LoopThread, quantization: Quantization) -> Iterator[Engine]:
     from flashrl_rollout.vllm_engine import VllmEngine
 
     settings = EngineSettings(
-        str(MODEL), quantization, max_model_len=MAX_MODEL_LEN, enforce_eager=True, kv_cache_gib=0.125, threads=1
+        str(MODEL),
+        quantization,
+        quantize_layers="all",  # on CUDA such small layers would stay bf16
+        max_model_len=MAX_MODEL_LEN,
+        enforce_eager=True,
+        kv_cache_gib=0.125,
+        threads=1,
     )
     engine = loop.run(VllmEngine.start(settings), 900)
     yield engine
@@ -54,5 +70,10 @@ def _engine(loop: LoopThread, quantization: Quantization) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def fresh(checkpoints: Checkpoints) -> dict[str, Any]:
     """Per quantization, the greedy output of an engine started from the last checkpoint."""
-    arguments = [str(checkpoints.third), json.dumps(PROMPTS), "24", "int8", "fp8", "none"]
+    everything = LayerSelection(quantize_layers="all")
+    config = {
+        "int8": everything.additional_config(),
+        "fp8": everything.model_copy(update={"keep_bf16": (KEPT_BY_FP8,)}).additional_config(),
+    }
+    arguments = [str(checkpoints.third), json.dumps(PROMPTS), "24", json.dumps(config), "int8", "fp8", "none"]
     return dict(output_of("fresh_greedy.py", arguments))

@@ -1,6 +1,7 @@
 """A program: loads checkpoints as one tensor-parallel rank would, without an engine, and prints what it found.
 
-`python open_models.py RANK DEGREE PORT METHOD FOLDER...` prints {folder name: reply, or {"error": ...}} as JSON.
+`python open_models.py RANK DEGREE PORT METHOD CONFIG FOLDER...` prints {folder name: reply, or {"error": ...}} as JSON;
+CONFIG has vLLM's additional configuration by folder name.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(rank: int, degree: int, port: str, method: str, folders: list[Path]) -> None:
+def main(rank: int, degree: int, port: str, method: str, additional: dict[str, Any], folders: list[Path]) -> None:
     """Load, probe, digest, print."""
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_DIST_IDENT=port)
     from vllm.config import set_current_vllm_config
@@ -20,7 +21,7 @@ def main(rank: int, degree: int, port: str, method: str, folders: list[Path]) ->
     assert cpu_worker  # importing it readies PyTorch for a machine without an accelerator
     found: dict[str, Any] = {}
     for folder in folders:
-        config = _config(folder, degree, method)
+        config = _config(folder, degree, method, additional.get(folder.name, {}))
         with set_current_vllm_config(config):
             if not found:
                 init_distributed_environment(degree, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
@@ -32,7 +33,7 @@ def main(rank: int, degree: int, port: str, method: str, folders: list[Path]) ->
     print(json.dumps(found))
 
 
-def _config(folder: Path, degree: int, method: str) -> Any:
+def _config(folder: Path, degree: int, method: str, additional: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = EngineArgs(
@@ -42,6 +43,7 @@ def _config(folder: Path, degree: int, method: str) -> Any:
         enforce_eager=True,
         tensor_parallel_size=degree,
         skip_tokenizer_init=True,
+        additional_config=additional,
     )
     return arguments.create_engine_config()
 
@@ -52,7 +54,7 @@ def _opened(config: Any, folder: Path) -> dict[str, Any]:
 
     from flashrl_rollout.checkpoint_reader import Checkpoint
     from flashrl_rollout.rank_weights import RankWeights
-    from flashrl_rollout.worker import as_text
+    from flashrl_rollout.runtime_weights import as_text
 
     config.compilation_config.static_forward_context.clear()
     with torch.no_grad():
@@ -61,4 +63,5 @@ def _opened(config: Any, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], [Path(folder) for folder in sys.argv[5:]])
+    folders = [Path(folder) for folder in sys.argv[6:]]
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], json.loads(sys.argv[5]), folders)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from flashrl_rollout import rank_replies, stored_state
+from flashrl_rollout.layer_selection import LayerSelection
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -43,6 +44,7 @@ SIZES: dict[str, Any] = {
 ONE_KEY_HEAD = SIZES | {"num_key_value_heads": 1}  # which both ranks then hold
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**ONE_KEY_HEAD, tie_word_embeddings=False)),
+    "partly": lambda: LlamaForCausalLM(LlamaConfig(**ONE_KEY_HEAD, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
@@ -51,6 +53,10 @@ FAMILIES: dict[str, Any] = {
         GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=301, n_positions=64, bos_token_id=0, eos_token_id=0)
     ),
 }
+
+# qkv has (4 + 2) heads x 32 x 128 = 24,576 elements, gate and up 2 x 192 x 128 = 49,152. The two ranks, which both hold
+# the only key head, have 32,768 elements of qkv between them
+PARTLY = json.dumps({"partly": LayerSelection(keep_bf16=("*.0.*",), quantize_layers=24_577).additional_config()})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def replies(folders: dict[str, Path]) -> list[dict[str, Any]]:
         port = str(probe.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            command("open_models.py", [rank, "2", port, "flashrl_int8", *map(str, folders.values())]),
+            command("open_models.py", [rank, "2", port, "flashrl_int8", PARTLY, *map(str, folders.values())]),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -86,7 +92,7 @@ def replies(folders: dict[str, Path]) -> list[dict[str, Any]]:
     return [json.loads(out.splitlines()[-1]) if out.strip() else pytest.fail(err[-3000:]) for out, err in outputs]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gpt2", "partly")])
 def test_two_ranks_hold_what_the_checkpoint_says(
     family: str, folders: dict[str, Path], replies: list[dict[str, Any]]
 ) -> None:
@@ -97,6 +103,13 @@ def test_two_ranks_hold_what_the_checkpoint_says(
     quantized = [spec.name for spec in layout.tensors if spec.storage == "int8_rows"]
     assert quantized == sorted(spec.name for spec in layout.tensors if spec.name.endswith("_proj.weight"))
     assert all(not rank["unused"] for rank in ranks)
+
+
+def test_a_layers_size_is_that_of_the_whole_layer(replies: list[dict[str, Any]]) -> None:
+    ranks = [reply["partly"] for reply in replies]
+    rank_replies.check(ranks)
+    quantized = [spec.name for spec in rank_replies.layout(ranks).tensors if spec.storage == "int8_rows"]
+    assert quantized == ["model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"]
 
 
 def test_tied_heads_are_held_once(replies: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""A real engine's processes: none outlives its parent. The engine on the way is the fp8 one."""
+"""A real engine's processes: none outlives its parent. The engine on the way is the fp8 one, with layers in bf16."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from tests.helpers.real_engine import Checkpoints, command, environment
+from tests.helpers.real_engine import KEPT_BY_FP8, Checkpoints, command, environment
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -20,7 +20,7 @@ def test_fp8_updates_exactly_and_a_killed_service_leaves_no_process(
     folders = [str(folder) for folder in (checkpoints.first, checkpoints.second, checkpoints.third)]
     with (tmp_path / "stderr").open("w") as log:
         program = subprocess.Popen(
-            command("walk_program.py", ["fp8", str(tmp_path), *folders]),
+            command("walk_program.py", ["fp8", KEPT_BY_FP8, str(tmp_path), *folders]),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=log,
@@ -33,7 +33,10 @@ def test_fp8_updates_exactly_and_a_killed_service_leaves_no_process(
         family = psutil.Process(program.pid).children(recursive=True)
     finally:
         os.kill(program.pid, signal.SIGKILL)
-    first, second, third = json.loads(report)
+    storage, (first, second, third) = json.loads(report)
+    projections = {name: stored for name, stored in storage.items() if name.endswith("_proj.weight")}
+    kept = {name for name, stored in projections.items() if stored == "bf16"}
+    assert kept == {name for name in projections if ".down_proj." in name} != set()
     assert [first["digests_agree"], second["digests_agree"], third["digests_agree"]] == [True] * 3
     assert third["greedy"] == fresh["fp8"]
     assert first["greedy"] != second["greedy"] != third["greedy"]

@@ -34,6 +34,8 @@ T = TypeVar("T")
 TIMEOUT_S = 250.0
 MAX_MODEL_LEN = 320
 PROMPTS = [[7, 19, 222, 30, 15], [400, 401, 402], [5] * 40]
+KEPT_BY_FP8 = "*.down_proj"
+"""The layers that the engines in fp8 keep in bf16."""
 GREEDY = Sampling(temperature=0, max_tokens=24)
 
 
