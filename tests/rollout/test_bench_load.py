@@ -54,6 +54,12 @@ def test_every_arm_gets_the_same_and_every_round_new_prompts() -> None:
     assert first.num_tokens == 6 * 8
 
 
+def test_the_round_that_warms_up_is_short() -> None:
+    assert make_workload(settings(tokens=256), 512, 0).max_tokens == [64] * 6
+    assert make_workload(settings(tokens=256), 512, 1).max_tokens == [256] * 6
+    assert make_workload(settings(tokens=8), 512, 0).max_tokens == [8] * 6
+
+
 def test_no_two_sequences_of_a_run_share_a_seed() -> None:
     asked = settings(samples=3, seed=5)
     seeds = [

@@ -48,7 +48,7 @@ def bench(
         _DEFAULTS["seeded"], "--seeded/--unseeded", help="A seed for every sequence, as the trainer asks"
     ),
     seed: int = _option("seed", "Of prompts, lengths and samples"),
-    rounds: int = _option("rounds", "Rounds after the first, which warms up"),
+    rounds: int = _option("rounds", "Rounds, after a short one that warms up"),
     max_num_seqs: int = _option("max_num_seqs", "Sequences that an engine works on at a time"),
     device: Literal["auto", "cpu", "cuda"] = _option("device", "Where the engines compute"),
     threads: int = _option("threads", "OpenMP threads of each engine (CPU); 0: vLLM binds the cores"),
@@ -120,9 +120,13 @@ def _ended_in_order() -> Iterator[None]:
 
 def _check_writable(file: Path | None) -> None:
     """ValueError before anything is measured, instead of losing it all at the end."""
+    if file is None:
+        return
+    is_there = file.exists()
     try:
-        if file is not None:
-            file.touch()
+        file.open("a").close()
+        if not is_there:
+            file.unlink()  # no empty file of numbers if there will be none
     except OSError as error:
         raise ValueError(f"json: cannot write {file}: {error.strerror}") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 from flashrl_rollout.bench.settings import BenchSettings
 
 LONGEST_LOGNORMAL = 4096
+_WARM_UP_TOKENS = 64
 _SIGMA = 1.0  # the mean is then 1.65 medians, and one answer in a hundred ten times as long as the median
 
 
@@ -38,15 +39,18 @@ class Workload:
 
 
 def make_workload(settings: BenchSettings, vocab_size: int, turn: int) -> Workload:
-    """The workload of a round, the same for every arm.
+    """The workload of a round, the same for every arm; round 0 warms up and has short answers.
 
-    Each round has prompts of its own, so that no cached prefix of an earlier round saves work; lengths are those of
-    every round.
+    Each round has prompts of its own, so that no cached prefix of an earlier round saves work; the lengths are those
+    of every other round.
     """
     draw = random.Random(f"{settings.seed}/{turn}")
     prompts = [[draw.randrange(vocab_size) for _ in range(settings.prompt_tokens)] for _ in range(settings.num_prompts)]
     seed = settings.seed + turn * settings.requests if settings.seeded else None
-    return Workload(prompts, response_lengths(settings), settings.samples, seed)
+    lengths = response_lengths(settings)
+    if not turn:
+        lengths = [min(length, _WARM_UP_TOKENS) for length in lengths]
+    return Workload(prompts, lengths, settings.samples, seed)
 
 
 def response_lengths(settings: BenchSettings) -> list[int]:
