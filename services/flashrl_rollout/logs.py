@@ -84,6 +84,7 @@ def engine_handler() -> logging.Handler:
     """What `engine_logging.json` names: JSON to standard error, from VLLM_LOGGING_LEVEL on."""
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
     logging.getLogger("vllm").setLevel(level)  # vLLM leaves that to the file, which cannot know
+    logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     return handler

@@ -67,6 +67,7 @@ def launch(settings: EngineSettings, folder: Path, loggers: list[Any]) -> AsyncL
         enable_chunked_prefill=False if is_cpu else None,
         logprobs_mode="processed_logprobs",
         seed=settings.seed,
+        use_tqdm_on_load=settings.log_format == "text",
         worker_extension_cls=_WORKER,
         async_scheduling=None if is_cpu else True,
         scheduler_cls=_SCHEDULERS["cpu" if is_cpu else "cuda"] if settings.output_interval > 1 else None,

@@ -76,15 +76,18 @@ logging.getLogger("uvicorn.error").error("theirs")
 def test_engine_processes_log_json_from_their_own_level_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = logging.getLogger("vllm")
-    before = logger.level, logger.handlers[:], logger.propagate
+    loggers = [logging.getLogger(name) for name in ("vllm", "py.warnings")]
+    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         dictConfig(json.loads(ENGINE_CONFIG.read_text()))
         logging.getLogger("vllm.v1.engine").warning("not this")
         logging.getLogger("vllm.v1.engine").error("this")
+        logging.getLogger("py.warnings").warning("that")
     finally:
-        logger.level, logger.handlers, logger.propagate = before
-        logger.manager._clear_cache()  # type: ignore[attr-defined]
-    (row,) = capsys.readouterr().err.splitlines()
-    assert (json.loads(row)["message"], json.loads(row)["logger"]) == ("this", "vllm.v1.engine")
+        logging.captureWarnings(False)
+        for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.handlers, logger.propagate = handlers, propagate
+    rows = [json.loads(row) for row in capsys.readouterr().err.splitlines()]
+    assert [(row["logger"], row["message"]) for row in rows] == [("vllm.v1.engine", "this"), ("py.warnings", "that")]
