@@ -1,6 +1,7 @@
 """Updates over real sockets: what arrives whole is served, and whatever else arrives changes nothing."""
 
 import asyncio
+import gc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.helpers.rig import LAYOUT, Rig, running
 from tests.helpers.wire_trainer import Wire, update_of
 
 from flashrl_rollout import stored_state
+from flashrl_rollout.transfer import Transfer
 from flashrl_wire.codec import chunk_hash
 from flashrl_wire.delta import Change
 from flashrl_wire.frames import ChunkFrame, Credit, Failed, Hello, Resend, Staged
@@ -208,6 +210,14 @@ async def test_index_out_of_range_is_refused_and_never_written(rig: Rig) -> None
     assert (outcome.code, "norm.weight: index 100" in outcome.message) == ("bad_update", True)
     assert equal(rig.engine.parts, before)
     assert rig.staged_files() == []
+
+
+async def test_failed_transfers_hold_no_memory(rig: Rig) -> None:
+    beyond = Change("norm.weight", torch.ones(2, dtype=torch.bfloat16), torch.tensor([5, 100]))
+    for _ in range(5):
+        await rig.trainer.failed(update_of([beyond], rig.delta()))
+    gc.collect()
+    assert [found.id for found in gc.get_objects() if type(found) is Transfer] == []  # nor their buffers
 
 
 async def test_bomb_is_refused_before_it_unpacks(rig: Rig) -> None:
