@@ -53,6 +53,7 @@ class Tally:
         self.outcomes["PROBLEM"] += 1
         if len(self.problems) < 100:
             self.problems.append(text[:500])
+            print(f"PROBLEM {text[:500]}", flush=True)
 
 
 Draws = Callable[[dict[str, Any], int, int, dict[str, Any]], str]
