@@ -32,7 +32,10 @@ PHASE_S = 150.0
 WATCH_EVERY_S = 5.0
 REST_LIMIT_S, MEMORY_GROWTH = 1.0, 0.02
 WINDOW_S, WINDOWS = 15.0, 4
-SETTINGS = {"audit_every": 10, "drain_deadline_s": 5, "transfer_deadline_s": 20, "admit_timeout_s": 30}
+SETTINGS = {
+    "request_timeout_s": 120, "admit_timeout_s": 30, "drain_deadline_s": 5, "transfer_deadline_s": 60,
+    "audit_every": 10,
+}  # fmt: skip
 
 
 @dataclass

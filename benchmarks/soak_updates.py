@@ -22,7 +22,7 @@ from flashrl_wire.frames import ChunkFrame, Hello, Staged
 from flashrl_wire.layout import TensorSpec, WeightLayout
 
 _BLOCK_BYTES = 1 << 18
-_LIMIT_S = 90.0
+_LIMIT_S = 150.0
 
 
 @dataclass
