@@ -5,6 +5,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import pytest
 from tests.rollout.test_bench_load import settings
 from tests.rollout.test_rollout_cli import command
 
-from flashrl_rollout.bench.arms import Answer, ArmFailedError
+from flashrl_rollout.bench.arms import Answer, ArmFailedError, Launch
 from flashrl_rollout.bench.engine_arm import EngineArm, engine_environment
 from flashrl_rollout.bench.process import Child, arm_environment
 from flashrl_rollout.bench.report import ArmFacts, Turn
 from flashrl_rollout.bench.run import load, run
-from flashrl_rollout.bench.service_arm import ServiceArm
+from flashrl_rollout.bench.service_arm import ServiceArm, serve_command
 from flashrl_rollout.bench.settings import ArmName
 from flashrl_rollout.bench.workload import Workload, make_workload
+from flashrl_rollout.config import load_config
 
 INT8, NONE = ArmName("service", "int8"), ArmName("engine", "none")
 WORKLOADS = [make_workload(settings(samples=2), 512, turn) for turn in range(3)]
@@ -205,6 +207,23 @@ def test_arms_know_no_settings_of_a_service_and_an_engine_in_none_no_plugin(monk
     assert (environ["VLLM_PLUGINS"], environ["OMP_NUM_THREADS"]) == ("", "2")
     assert environ["VLLM_CACHE_ROOT"].endswith("flashrl-bench/engine-none")
     assert "VLLM_PLUGINS" not in engine_environment(ArmName("engine", "int8"), launch)
+
+
+def test_the_service_is_started_with_settings_that_it_has() -> None:
+    launch = Launch(
+        folder="m", max_model_len=384, max_num_seqs=256, gpu_memory_utilization=0.05, kv_cache_gib=1.5, device="cuda",
+        threads=2, enforce_eager=True, seeded=True, timeout_s=900.0,
+    )  # fmt: skip
+    words = serve_command(INT8, launch, ["--engines", "2"])[4:]
+    assert "--enforce-eager" in words
+    words.remove("--enforce-eager")
+    flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    config = load_config(None, {}, flags)
+    assert (config.model, config.quantization, config.device, config.engines) == ("m", "int8", "cuda", 2)
+    assert (config.kv_cache_gib, config.gpu_memory_utilization, config.max_model_len) == (1.5, 0.05, 384)
+    assert (config.port, config.weights_port, config.request_timeout_s, config.threads) == (0, 0, 900.0, 2)
+    profiled = serve_command(INT8, replace(launch, kv_cache_gib=None, enforce_eager=False), [])
+    assert not {"--kv-cache-gib", "--enforce-eager"} & set(profiled)
 
 
 @pytest.mark.parametrize(
