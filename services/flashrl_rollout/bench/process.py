@@ -65,11 +65,16 @@ class Child:
                 return None
             read = os.read(self._stdout.fileno(), _READ_BYTES)
             if not read:
-                self._process.wait(_STOP_S)
-                self.check()
+                raise self._ended()
             self._unread += read
         line, _, self._unread = self._unread.partition(b"\n")
         return line.decode()
+
+    def _ended(self) -> ArmFailedError:
+        """The error for a process that has closed its output."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.failed(f"ended with exit code {self._process.wait(_STOP_S)}")
+        return self.failed("says nothing any more")
 
     def cpu_s(self) -> float:
         """CPU time of this one process, its children not counted."""
