@@ -161,6 +161,7 @@ def engine(precision: str, folder: Path) -> Iterator[Any]:
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    _look_at_the_class_here(folder)
     llm = LLM(
         str(folder),
         quantization=METHODS.get(precision, "flashrl_bf16" if current_platform.is_cpu() else None),
@@ -181,6 +182,14 @@ def engine(precision: str, folder: Path) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm  # its clean-up must not come after the next one's start
         gc.collect()
+
+
+def _look_at_the_class_here(folder: Path) -> None:
+    """Spare vLLM the process in which it would look at the model's class: that process imports all of vLLM first."""
+    from vllm import ModelRegistry
+
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def greedy(llm: Any) -> Greedy:

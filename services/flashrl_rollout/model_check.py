@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+_MORE_THAN_TEXT = ("vision_config", "audio_config")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -32,7 +33,7 @@ def check_model(model: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """ValueError unless the folder holds a configuration and unquantized safetensors weights."""
+    """ValueError unless the folder holds a language model's configuration and unquantized safetensors weights."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"model: {folder} is a LoRA adapter; merge it into its base model first")
@@ -52,6 +53,11 @@ def _check_config(model: str, file: Path) -> None:
         raise ValueError(f"model: config.json of {model} is not readable: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"model: config.json of {model} holds no settings")
+    for kind in _MORE_THAN_TEXT:
+        if config.get(kind):
+            raise ValueError(
+                f"model: {model} takes more than text ({kind}); save its language model as a checkpoint of its own"
+            )
     text = config.get("text_config")
     for settings in (config, text if isinstance(text, dict) else {}):
         found = settings.get("quantization_config") or settings.get("compression_config")

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.engine_settings import EngineSettings
 from flashrl_rollout.memory_check import check_memory
 from flashrl_rollout.model_check import check_folder
@@ -32,10 +33,12 @@ _METHODS = {"int8": "flashrl_int8", "fp8": "flashrl_fp8"}
 
 def find_folder(model: str) -> Path:
     """The checkpoint's folder, fetched from the model hub where `model` is no folder."""
-    if Path(model).is_dir():
-        return Path(model)
-    folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    folder = Path(model)
+    if not folder.is_dir():
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        folder = Path(snapshot_download(model, allow_patterns=patterns))
     check_folder(folder)
+    Checkpoint(folder)  # names a damaged file, at which vLLM fails with whatever it meets there
     return folder
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import tiny_models
+from safetensors.torch import save_file
 from tests.helpers.real_engine import LoopThread
-from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
 from flashrl_rollout.engine_settings import EngineSettings
 
@@ -17,28 +18,21 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
-    "gemma3_images": "Gemma3ForConditionalGeneration",
 }
 REASONS = {
     "mixtral": "mixtures of experts",
     "qwen2_moe": "mixtures of experts",
     "deepseek_v3": "latent attention",
-    "gemma3_images": "it takes more than text",
 }
 
 
 def configured(family: str, folder: Path) -> Path:
-    """A folder with the family's configuration and no weights: nothing may ask for them."""
-    config: Any = _images() if family == "gemma3_images" else tiny_models.REFUSED[family]()
+    """A folder with the family's configuration and next to no weights: nothing may ask for them."""
+    config: Any = tiny_models.REFUSED[family]()
     config.architectures = [ARCHITECTURES[family]]
     config.save_pretrained(folder)
-    (folder / "model.safetensors").touch()
+    save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
     return folder
-
-
-def _images() -> Any:
-    vision = SiglipVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return Gemma3Config(text_config=Gemma3TextConfig(**tiny_models.SIZES).to_dict(), vision_config=vision.to_dict())
 
 
 def refusal(loop: LoopThread, folder: Path, quantization: Any = "int8") -> str:
@@ -68,3 +62,9 @@ def test_an_unknown_architecture_is_named(loop: LoopThread, tmp_path: Path) -> N
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "nobody_knows"}
     (folder / "config.json").write_text(json.dumps(config))
     assert "nobody_knows" in refusal(loop, folder)
+
+
+def test_a_damaged_file_is_named(loop: LoopThread, tmp_path: Path) -> None:
+    folder = configured("mixtral", tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes(b"\x01")
+    assert refusal(loop, folder).startswith(f"checkpoint: {folder / 'model.safetensors'}: ")

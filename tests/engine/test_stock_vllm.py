@@ -36,7 +36,8 @@ class StockServer:
             "VLLM_NO_USAGE_STATS": "1",
             "FLASHRL_ROLLOUT_STAGE_ROOT": str(stage_root),
         }
-        line = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", port]
+        # the command `vllm serve` itself asks for a distribution named vllm, which that for the CPU is not
+        line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", port]
         line += ["--host", "127.0.0.1", "--quantization", "flashrl_int8", "--dtype", "bfloat16", "--enforce-eager"]
         line += ["--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(64 << 20)]
         line += ["--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"]

@@ -41,6 +41,7 @@ def test_a_folder_with_config_and_weights_passes(tmp_path: Path, weights: str) -
         ({"quantization_config": {"quant_method": "gptq"}}, ["model.safetensors"], "is quantized already (gptq)"),
         ({"quantization_config": {}, "compression_config": {"a": 1}}, ["model.safetensors"], "already (unknown)"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, ["model.safetensors"], "already (fp8)"),
+        ({"vision_config": {"depth": 2}}, ["model.safetensors"], "takes more than text (vision_config)"),
         (["llama"], ["model.safetensors"], "holds no settings"),
     ],
 )

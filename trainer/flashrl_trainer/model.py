@@ -25,7 +25,7 @@ from flashrl_trainer.logprobs import token_logprobs
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
 """What transformers raises for a folder or hub id that it cannot load."""
 
-_UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_UNSUPPORTED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "vision_config", "audio_config")
 
 
 @dataclass(frozen=True)
