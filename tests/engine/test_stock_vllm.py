@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples import stock_vllm
 from tests.helpers.real_engine import MAX_MODEL_LEN, PROMPTS, ROOT, Checkpoints
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
@@ -29,6 +30,7 @@ class StockServer:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
         self.url, self.model, self.log = f"http://127.0.0.1:{port}", model, log
+        self.stage_root = stage_root
         variables = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -113,34 +115,45 @@ def server(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
         found.stop()
 
 
-def test_a_delta_through_vllms_routes_leads_where_a_fresh_start_does(
-    server: StockServer, checkpoints: Checkpoints, fresh: dict[str, Any]
-) -> None:
-    before = server.greedy()
-    assert before != fresh["int8"]
-
-    refused = server.post("/update_weights", {"update_info": {"file": "x", "manifest": {}}})
-    assert refused[0] >= 400
-
-    done = server.update(checkpoints.third)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "version 1, digest" in done.stdout
-    assert server.greedy() == fresh["int8"]
-
-    again = server.update(checkpoints.second)  # its base is the first checkpoint, which is gone
-    assert again.returncode != 0
-    assert "the server holds" in again.stderr
-
-
 def test_what_is_refused_changes_nothing_and_leaves_no_session_open(
     server: StockServer, checkpoints: Checkpoints
 ) -> None:
     before = server.greedy()
+    assert server.post("/update_weights", {"update_info": {"file": "x", "manifest": {}}})[0] >= 400  # not started
+    assert server.post("/init_weight_transfer_engine", {"init_info": {"stage": "../x"}})[0] >= 400
     assert server.post("/init_weight_transfer_engine", {"init_info": {"stage": "mine"}})[0] == 200
-    for update in ({"file": "../secret", "manifest": {}}, {"file": "gone", "manifest": {"kind": "delta"}}, {}):
+    folder = server.stage_root / f"flashrl-{os.getuid()}-mine"
+    state = json.loads((folder / "weights.json").read_text())
+    manifest = stock_vllm.write_update(folder / "good", state, checkpoints.first, checkpoints.second)
+    content = (folder / "good").read_bytes()
+    (folder / "damaged").touch(mode=0o600)
+    (folder / "damaged").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    declared = manifest.model_dump(mode="json")
+    for update, reason in (
+        ({}, "Invalid update_info"),
+        ({"file": "good", "manifest": {"kind": "delta"}}, "manifest: run_id"),
+        ({"file": "../good", "manifest": declared}, "is no plain name"),
+        ({"file": "damaged", "manifest": declared}, "chunk hash differs"),
+        ({"file": "good", "manifest": declared | {"base_version": 7, "version": 8}}, "starts from version 7"),
+        ({"file": "good", "manifest": declared | {"digest": "0" * 32}}, "written weights have digest"),
+    ):
         assert server.post("/start_weight_update")[0] == 200
         status, body = server.post("/update_weights", {"update_info": update})
         assert status >= 400
+        assert reason in body
         assert "Traceback" not in body
-    assert server.post("/init_weight_transfer_engine", {"init_info": {"stage": "../x"}})[0] >= 400
     assert server.greedy() == before
+    assert json.loads((folder / "weights.json").read_text()) == state
+
+
+def test_a_delta_through_vllms_routes_leads_where_a_fresh_start_does(
+    server: StockServer, checkpoints: Checkpoints, fresh: dict[str, Any]
+) -> None:
+    assert server.greedy() != fresh["int8"]
+    done = server.update(checkpoints.third)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "version 1, digest" in done.stdout
+    assert server.greedy() == fresh["int8"]
+    again = server.update(checkpoints.second)  # its base is the first checkpoint, which is gone
+    assert again.returncode != 0
+    assert "the server holds" in again.stderr
