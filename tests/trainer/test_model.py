@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
@@ -130,3 +132,18 @@ def test_a_missing_folder_is_one_line_naming_the_setting(ranks: Ranks, tmp_path:
             temperature=1.0,
             chunk_tokens=8,
         )
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (Gemma2Config(**COMMON, head_dim=8), "final_logit_softcapping"),
+        (Gemma3Config(text_config=COMMON, vision_config={"hidden_size": 32}), "vision_config"),
+    ],
+)
+def test_what_the_forward_pass_leaves_out_is_refused_by_name(
+    config: Any, name: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^model\.path: .* sets {name}, which is not supported in training$"):
+        load_policy(str(tmp_path), ranks, compute_dtype="float32", checkpointing=False, temperature=1.0, chunk_tokens=8)
