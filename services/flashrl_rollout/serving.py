@@ -27,6 +27,8 @@ OK, FAILED = 0, 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_S = 0.2
 _HTTP_GRACE_S = 5
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection, httpx 5 s: whoever closes first must not be who is just being asked."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class ServiceProcess:
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_HTTP_GRACE_S,
             )
         )

@@ -13,6 +13,7 @@ from tests.helpers.wire_trainer import Wire, WireTrainer, delta_update
 
 from flashrl_rollout import stored_state
 from flashrl_rollout.scripted_service import scripted_layout
+from flashrl_rollout.serving import KEEP_ALIVE_S
 
 pytestmark = pytest.mark.anyio
 LAYOUT = scripted_layout()
@@ -98,6 +99,12 @@ async def test_terminated_while_crowded_it_answers_everybody(start: Start, http:
         (503, "the service is stopping")
     }
     assert service.wait().code == 0
+
+
+async def test_client_gives_an_idle_connection_up_before_the_service_does(http: httpx.AsyncClient) -> None:
+    expiry_s = http._transport._pool._keepalive_expiry  # type: ignore[attr-defined]
+    assert expiry_s is not None
+    assert expiry_s * 2 < KEEP_ALIVE_S
 
 
 async def test_second_service_on_a_port_does_not_touch_the_first(start: Start) -> None:
