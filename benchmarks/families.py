@@ -171,6 +171,7 @@ def engine(precision: str, folder: Path) -> Iterator[Any]:
         max_num_seqs=4,
         enforce_eager=True,
         kv_cache_memory_bytes=32 << 20,
+        gpu_memory_utilization=0.3,  # CUDA: what must be free at start; the cache has its own size
         skip_tokenizer_init=True,
         logprobs_mode="processed_logprobs",
         worker_extension_cls="flashrl_rollout.worker.WorkerExtension",

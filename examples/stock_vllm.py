@@ -86,7 +86,7 @@ def _stage(name: str) -> Path:
 
 
 def write_update(file: Path, state: dict[str, Any], old: Path, new: Path) -> Manifest:
-    """Write the delta from `old` to `new`; ValueError unless the server holds `old`."""
+    """Write the delta from `old` to `new`; the program ends here unless the server holds `old`."""
     layout = WeightLayout.of(TensorSpec.model_validate(spec) for spec in state["tensors"])
     before, after = (stored_state.read_parts(folder, layout) for folder in (old, new))
     base, target = _digest(layout, before), _digest(layout, after)
