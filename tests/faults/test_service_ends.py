@@ -85,7 +85,7 @@ async def test_engine_that_dies_ends_requests_with_503_and_the_process_with_1(
     assert all(int(reply.headers["retry-after"]) > 0 for reply in replies)
     ended = service.wait()
     assert (ended.code, "the engine has died" in ended.errors, "Traceback" in ended.errors) == (1, True, False)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 async def test_terminated_while_crowded_it_answers_everybody(start: Start, http: httpx.AsyncClient) -> None:

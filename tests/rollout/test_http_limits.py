@@ -15,15 +15,16 @@ LIMIT_S = 10.0
 
 
 class Impatient(LimitedHttp):
-    """Gives up at once."""
+    """Gives up soon."""
 
-    _head_timeout_s = 0.1
+    _head_timeout_s = 0.5
 
 
-@pytest.fixture(params=[LimitedHttp, Impatient])
+@pytest.fixture
 async def port(request: pytest.FixtureRequest) -> AsyncIterator[int]:
     """Where a server listens that greets everybody."""
-    config = uvicorn.Config(PlainTextResponse("hello"), port=0, http=request.param, lifespan="off", log_config=None)
+    kind = getattr(request, "param", LimitedHttp)
+    config = uvicorn.Config(PlainTextResponse("hello"), port=0, http=kind, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     async with asyncio.timeout(LIMIT_S):
