@@ -72,7 +72,7 @@ def test_a_delta_under_way_is_on_both_and_every_token_knows_its_version(
         layout = await group.layout()
         first, second = (stored_state.read_parts(folder, layout) for folder in (checkpoints.first, checkpoints.second))
         drawing = asyncio.create_task(draw(group, 8, temperature=2.0, max_tokens=250))
-        while (await group.stats()).running <= 8:  # both have some then; noqa: ASYNC110 (vLLM has no event for it)
+        while (await group.stats()).running <= 8:  # both have some then
             assert not drawing.done()
             await asyncio.sleep(0.01)
         await commit(first, second, 21)
