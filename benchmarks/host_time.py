@@ -29,7 +29,7 @@ from host_profile import profiled
 from process_cpu import cpu_by_process
 from service_process import ServiceProcess, service
 
-_VOCABULARY = 1000
+_VOCABULARY = 500  # the tiny model has few more
 
 
 @dataclass(frozen=True)
