@@ -67,8 +67,8 @@ def bench(
     All arms (service/int8, engine/int8, ...) are loaded first; then they take turns, one at a time.
     A round gives each the same new prompts, and begins with another arm than the one before.
     Every answer has exactly the length asked for: the model's end token is taken away.
-    `engine` is vLLM's AsyncLLM with its own defaults, without HTTP and without text; under `none` it
-    is vLLM alone, else it has our quantization methods.
+    `engine` is vLLM's AsyncLLM with the defaults of vLLM's server, without HTTP and without text;
+    under `none` it is vLLM alone, else it has our quantization methods.
 
     Examples:
 

@@ -116,15 +116,17 @@ def table(found: Mapping[str, Any], title: str) -> Table:
             f"{values['tokens_per_s_min']:,.0f} - {values['tokens_per_s_max']:,.0f}",
             f"{values['seconds']:.2f} s",
             f"{values['front_cpu_s']:.2f} s",
-            _gib(values["weight_bytes"]),
+            _memory(values["weight_bytes"]),
             _times(between[f"{side}_over_none"]),
             _times(between["service_over_engine"]) if side == "service" else "",
         )
     return shown
 
 
-def _gib(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else f"{num_bytes / (1 << 30):.2f} GiB"
+def _memory(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return ""
+    return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes < 1 << 28 else f"{num_bytes / (1 << 30):.2f} GiB"
 
 
 def _times(value: float | None) -> str:
