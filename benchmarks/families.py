@@ -190,7 +190,8 @@ def _look_at_the_class_here(folder: Path) -> None:
     from vllm import ModelRegistry
 
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+    if architecture in ModelRegistry.models:
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def greedy(llm: Any) -> Greedy:
