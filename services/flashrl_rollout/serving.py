@@ -109,7 +109,7 @@ class ServiceProcess:
         logger.info("ready on http://%s:%d, weights on port %d, %s", host, port, weights_port, share)
         if not quantized and self._config.quantization != "none":
             logger.warning(
-                "quantization: no layer is in %s, all stay bf16; --quantize-layers all takes those that keep_bf16 leaves",
+                "quantization: no layer is in %s, all stay bf16; --quantize-layers all takes what keep_bf16 leaves",
                 self._config.quantization,
             )
 
