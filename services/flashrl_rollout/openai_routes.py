@@ -9,6 +9,7 @@ from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -18,6 +19,7 @@ from vllm.entrypoints.openai.completion.api_router import attach_router as attac
 from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
 from vllm.entrypoints.scale_out.token_in_token_out.api_router import attach_router as attach_tokens
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -35,6 +37,7 @@ async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
     for attach in (attach_models, attach_chat, attach_completions, attach_tokens):
         attach(app)
     init_exception_handler(app)
+    app.exception_handler(HTTPException)(http_exception_handler)  # vLLM's own is for FastAPI's subclass only
     app.exception_handler(EngineDeadError)(_engine_is_dead)
 
 

@@ -1,7 +1,9 @@
 """Engines and checkpoints, each made once a session: an engine takes the better part of a minute to start."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from flashrl_rollout.layer_selection import LayerSelection
 from flashrl_wire.messages import Quantization
 
 MODEL = ROOT / "examples" / "tiny_arith" / "model"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 
 @pytest.fixture(scope="session")
@@ -45,16 +48,19 @@ def int8_engine(loop: LoopThread) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def none_engine(loop: LoopThread) -> Iterator[Engine]:
-    """The same, unquantized."""
-    yield from _engine(loop, "none")
+def none_engine(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The same, unquantized, and with a chat template, which the tiny model has not."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    yield from _engine(loop, "none", folder)
 
 
-def _engine(loop: LoopThread, quantization: Quantization) -> Iterator[Engine]:
+def _engine(loop: LoopThread, quantization: Quantization, model: Path = MODEL) -> Iterator[Engine]:
     from flashrl_rollout.vllm_engine import VllmEngine
 
     settings = EngineSettings(
-        str(MODEL),
+        str(model),
         quantization,
         quantize_layers="all",  # on CUDA such small layers would stay bf16
         max_model_len=MAX_MODEL_LEN,
