@@ -2,21 +2,27 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 from tests.helpers.asgi_client import AsgiCall
-from tests.helpers.rig import Rig, running
+from tests.helpers.rig import INFO, LAYOUT, Rig, running
 
+from flashrl_rollout import stored_state
 from flashrl_rollout.app import create_app
 from flashrl_rollout.engine import NUM_SEQUENCES
+from flashrl_rollout.engine_group import EngineGroup
+from flashrl_rollout.scripted_engine import ScriptedEngine
 from flashrl_rollout.service import Service
 from flashrl_rollout.standard_routes import ROUTES, StandardRoutes, num_sequences
+from flashrl_rollout.versions import VersionGate
 from flashrl_wire.errors import NotReadyError
 
 pytestmark = pytest.mark.anyio
@@ -232,6 +238,36 @@ async def test_a_request_has_a_limit(tmp_path: Path) -> None:
     async with serving(tmp_path, timeout_s=0.01) as (rig, fake):
         check_error(await ask(rig.http, COMPLETIONS), 503, "timed_out")
         assert fake.was_left
+
+
+class EngineWithRoutes(ScriptedEngine):
+    """One that has routes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO)
+        self.routes = FakeRoutes()
+
+    async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp:
+        return self.routes
+
+
+async def test_several_engines_share_the_requests_by_their_sequences() -> None:
+    engines = [EngineWithRoutes(), EngineWithRoutes()]
+    group = await EngineGroup.of(engines)
+    app = await group.standard_app(FastAPI)
+    assert app is not None
+    routes = StandardRoutes(app, VersionGate(100, 1.0), 20.0)
+    calls = []
+    for n in (3, 1, 1, 2):  # three on the first, then two on the second, and again the second, which has fewer
+        calls.append(AsgiCall(routes, COMPLETIONS, {"prompt": "hi", "n": n}))
+        for _ in range(20):  # no clock is involved: the routes have it once the loop has gone round
+            await asyncio.sleep(0)
+    assert [len(engine.routes.paths) for engine in engines] == [1, 3]
+    assert group.sequences == (3, 4)
+    for engine in engines:
+        engine.routes.go.set()
+    assert [await call.ended() for call in calls] == [200] * 4
+    assert group.sequences == (0, 0)
 
 
 @pytest.mark.parametrize(
