@@ -23,11 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from gpu_busy import GpuBusy
 from host_profile import profiled
 from process_cpu import cpu_by_process
 from service_process import ServiceProcess, service
+
+from flashrl_rollout.bench.service_arm import ask
+from flashrl_rollout.bench.settings import TRAINER_PROMPTS
 
 _VOCABULARY = 500  # the tiny model has few more
 
@@ -131,23 +133,22 @@ def _measured(args: argparse.Namespace, model: str, engines: int, interval: int,
 def _round(args: argparse.Namespace, running: ServiceProcess, index: int) -> Round:
     """All requests at once, until the last is answered."""
     draw = random.Random(index)
-    bodies = [_body(args, draw, index * args.requests + number) for number in range(args.requests)]
+    firsts = range(0, args.requests, TRAINER_PROMPTS)
+    bodies = [_body(args, draw, first, index * args.requests + first) for first in firsts]
     return asyncio.run(_ask(running.url, bodies))
 
 
-def _body(args: argparse.Namespace, draw: random.Random, seed: int) -> dict[str, Any]:
-    prompt = [draw.randrange(_VOCABULARY) for _ in range(args.prompt_tokens)]
+def _body(args: argparse.Namespace, draw: random.Random, first: int, seed: int) -> dict[str, Any]:
+    """A request as the trainer sends it: prompts `first` to `first + 8`."""
+    count = min(TRAINER_PROMPTS, args.requests - first)
+    prompts = [[draw.randrange(_VOCABULARY) for _ in range(args.prompt_tokens)] for _ in range(count)]
     sampling = {"max_tokens": args.tokens} | ({} if args.unseeded else {"seed": seed})
-    return {"prompts": [prompt], "sampling": sampling}
+    return {"prompts": prompts, "sampling": sampling}
 
 
 async def _ask(url: str, bodies: list[dict[str, Any]]) -> Round:
-    limits = httpx.Limits(max_connections=len(bodies))
-    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=limits, trust_env=False) as http:
-        began = time.perf_counter()
-        replies = await asyncio.gather(*(http.post("/generate", json=body) for body in bodies))
-        seconds = time.perf_counter() - began
-    lengths = [reply.raise_for_status().json()["usage"]["completion_tokens"] for reply in replies]
+    seconds, replies = await ask(url, bodies, 600.0)  # over many clients: one alone would be the slowest part
+    lengths = [len(result["completions"][0]["token_ids"]) for reply in replies for result in reply["results"]]
     return Round(seconds, sum(lengths), max(lengths))
 
 

@@ -62,7 +62,7 @@ def test_logprobs_are_those_of_the_tempered_distribution(
     prompt = none_engine.encode(PROMPT)
     for completion in loop.run(none_engine.generate("r", prompt, 4, sampling, 0)):
         expected = _logprobs(checkpoints.first, completion, prompt, temperature)
-        # bf16 against fp32: a token between two near-equal choices may be far off, on some processors more than on others
+        # bf16 against fp32: a token between two near-equal choices may be far off, on some processors more
         assert _error(completion.logprobs, expected) < 0.08
         assert float((torch.tensor(completion.logprobs) - expected).abs().median()) < 0.01
         assert _error(completion.logprobs, _logprobs(checkpoints.first, completion, prompt, 3 - temperature)) > 0.1

@@ -58,7 +58,7 @@ class ServiceArm:
         child = self._started()
         before = child.cpu_s()
         try:
-            seconds, replies = asyncio.run(_ask(self._url, self._bodies(workload), self._timeout_s))
+            seconds, replies = asyncio.run(ask(self._url, self._bodies(workload), self._timeout_s))
         except httpx.HTTPError as error:
             child.check()
             raise child.failed(f"did not answer: {type(error).__name__} {error}") from error
@@ -126,7 +126,7 @@ def request_body(workload: Workload, start: int, size: int) -> dict[str, Any]:
     return {"prompts": workload.prompts[start : start + size], "n": workload.samples, "sampling": sampling}
 
 
-async def _ask(url: str, bodies: list[dict[str, Any]], timeout_s: float) -> tuple[float, list[dict[str, Any]]]:
+async def ask(url: str, bodies: list[dict[str, Any]], timeout_s: float) -> tuple[float, list[dict[str, Any]]]:
     """Seconds from the first request to the last reply, parsed; and the replies in order."""
     async with AsyncExitStack() as stack:
         options: dict[str, Any] = {"base_url": url, "timeout": timeout_s, "limits": httpx.Limits(max_connections=None)}
