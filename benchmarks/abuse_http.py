@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 HOST = "127.0.0.1"
 PATIENCE_S = 75.0  # a body may take 60 s, a head 30 s
+_QUIET_S = 5.0
 _MIB = 1 << 20
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 _GOOD = b'{"prompts": ["hi"], "sampling": {"max_tokens": 1}}'
@@ -171,11 +172,17 @@ async def _send(writer: asyncio.StreamWriter, attempt: Attempt) -> None:
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the connection is closed."""
+    """What comes until the connection is closed, or nothing more comes after an answer."""
+    content = b""
     try:
-        return await reader.read()
-    except ConnectionError:
-        return b""
+        while True:
+            is_answered = _status(content) >= 200
+            piece = await asyncio.wait_for(reader.read(1 << 16), _QUIET_S if is_answered else None)
+            if not piece:
+                return content
+            content += piece
+    except (ConnectionError, TimeoutError):
+        return content
 
 
 def _status(content: bytes) -> int:

@@ -25,10 +25,12 @@ from benchmarks.scripted_draws import ScriptedDraws
 from benchmarks.service_process import ServiceProcess, scripted_service, service
 from benchmarks.soak_clients import Client, Tally, Versions
 from benchmarks.soak_updates import Pauser, Updater
+from tests.helpers.wire_trainer import Update
+
+from flashrl_rollout.stored_state import Parts
 
 MODEL = Path("examples/tiny_arith/model")
 PROMPTS = Path("examples/tiny_arith/data/heldout.jsonl")
-PHASE_S = 150.0
 WATCH_EVERY_S = 5.0
 REST_LIMIT_S, MEMORY_GROWTH = 1.0, 0.02
 WINDOW_S, WINDOWS = 15.0, 4
@@ -82,12 +84,13 @@ class Soak:
         self._prompts = [json.loads(line)["question"] + "\n" for line in lines]
         self._pauser = Pauser(http, args.seed)
         self._updater: Updater
+        self._prepared: list[tuple[Update, Parts]] = []
 
     async def run(self) -> Report:
         """All phases, the comparison, the last look."""
         self._updater = await Updater.of(self._http, MODEL, self._versions, self._args.seed)
         end = time.monotonic() + self._args.minutes * 60
-        phases = max(2, round(self._args.minutes * 60 / PHASE_S))
+        phases = max(2, round(self._args.minutes * 60 / self._args.phase_s))
         for phase in range(phases):
             left_s = (end - time.monotonic()) / (phases - phase)
             await self._phase(phase, max(left_s, 10.0))
@@ -139,8 +142,9 @@ class Soak:
         await asyncio.sleep(5.0)
         for _ in range(WINDOWS):
             self.report.tokens_per_s_without_updates.append(await self._tokens_per_s())
+            self._prepared = await self._updater.prepared(round(WINDOW_S))
             before = self._versions.latest
-            updates = asyncio.create_task(_repeat(self._small_update, 1.0))
+            updates = asyncio.create_task(_repeat(self._next_update, 1.0))
             self.report.tokens_per_s_with_updates.append(await self._tokens_per_s())
             await _end([updates])
             self.report.updates_in_windows += self._versions.latest - before
@@ -152,8 +156,8 @@ class Soak:
             prompt = self._prompts[number % len(self._prompts)]
             await client.ask({"prompts": [prompt], "n": 4, "sampling": sampling, "min_weight_version": 0})
 
-    async def _small_update(self) -> None:
-        if problem := await self._updater.small():
+    async def _next_update(self) -> None:
+        if self._prepared and (problem := await self._updater.publish(*self._prepared.pop(0))):
             self._tally.problem(problem)
 
     async def _tokens_per_s(self) -> float:
@@ -237,7 +241,8 @@ def started(args: argparse.Namespace, log: Path) -> Iterator[ServiceProcess]:
 
 async def soak(running: ServiceProcess, args: argparse.Namespace) -> Report:
     """One run."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
+    # a connection for each request: httpx may close a kept one that it has just given to another request
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=running.url, limits=limits, timeout=None) as http:
         return await Soak(running, http, args).run()
 
@@ -252,6 +257,7 @@ def main() -> int:
     parser.add_argument("--update-every", type=float, default=3.0, help="seconds between updates")
     parser.add_argument("--token-s", type=float, default=0.01, help="seconds a token of the scripted engine")
     parser.add_argument("--quantization", default="int8")
+    parser.add_argument("--phase-s", type=float, default=150.0, help="until all clients leave; the first one warms up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

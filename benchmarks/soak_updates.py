@@ -42,6 +42,10 @@ class Updater:
         self.updates = Updates()
         self._http, self._port, self._layout, self._first = http, port, layout, first
         self._versions, self._random = versions, random.Random(seed)
+        self._untried: list[Callable[[], Awaitable[str]]] = [
+            self.small, self.empty, self.aborted, self.reconnected, self.stale, self.damaged, self.wrong_digest,
+            self.checkpoint, self.snapshot, self.full, self.full,
+        ]  # fmt: skip
         self._initial = stored_state.read_parts(first, layout)
         self._state: Parts = self._initial
         self._wire = Wire(port)
@@ -72,6 +76,8 @@ class Updater:
             self.aborted: 2, self.wrong_digest: 1, self.damaged: 1, self.reconnected: 2, self.stale: 1,
         }  # fmt: skip
         (step,) = self._random.choices(list(steps), list(steps.values()))
+        if self._untried:  # the first phase warms up, so it has to see everything
+            step = self._untried.pop()
         try:
             async with asyncio.timeout(_LIMIT_S):
                 outcome = await step()
@@ -85,7 +91,10 @@ class Updater:
         """Drop the connection."""
         self._wire.close()
 
-    def _changed(self, share: float) -> Parts:
+    async def _changed(self, share: float) -> Parts:
+        return await asyncio.to_thread(self._change, share)  # clients go on meanwhile
+
+    def _change(self, share: float) -> Parts:
         """The served state with other bits in a share of every part's elements, at least one in all."""
         generator = torch.Generator().manual_seed(self._random.randrange(1 << 31))
         changed = {name: values.clone() for name, values in self._state.items()}
@@ -100,26 +109,53 @@ class Updater:
                 flat[(flat & 0x7F) == 0x7F] ^= 1  # NaN
         return changed
 
-    def _delta(self, new: Parts) -> Update:
-        return delta_update(self._layout, self._state, new, base=self._versions.latest, block_bytes=_BLOCK_BYTES)
+    async def _delta(self, new: Parts) -> Update:
+        base = self._versions.latest
+        return await asyncio.to_thread(
+            delta_update, self._layout, self._state, new, base=base, block_bytes=_BLOCK_BYTES
+        )
+
+    async def prepared(self, count: int) -> list[tuple[Update, Parts]]:
+        """So many small deltas, one after the other; a trainer of its own makes them elsewhere."""
+        return await asyncio.to_thread(self._prepare, count)
+
+    def _prepare(self, count: int) -> list[tuple[Update, Parts]]:
+        found, old, served = [], self._state, self._state
+        for step in range(count):
+            self._state = old
+            new = self._change(1e-3)
+            update = delta_update(self._layout, old, new, base=self._versions.latest + step, block_bytes=_BLOCK_BYTES)
+            found.append((update, new))
+            old = new
+        self._state = served
+        return found
+
+    async def publish(self, update: Update, new: Parts) -> str:
+        """Send and commit one; what went wrong, or nothing."""
+        return await self._publish(update, new)
 
     async def small(self) -> str:
         """A delta as of one training step."""
-        new = self._changed(self._random.choice([1e-5, 1e-3, 0.01]))
-        return await self._publish(self._delta(new), new)
+        new = await self._changed(self._random.choice([1e-5, 1e-3, 0.01]))
+        return await self._publish(await self._delta(new), new)
 
     async def large(self) -> str:
         """A delta of much or all."""
-        new = self._changed(self._random.choice([0.2, 1.0]))
-        return await self._publish(self._delta(new), new)
+        new = await self._changed(self._random.choice([0.2, 1.0]))
+        return await self._publish(await self._delta(new), new)
+
+    async def full(self) -> str:
+        """A delta of every element."""
+        new = await self._changed(1.0)
+        return await self._publish(await self._delta(new), new)
 
     async def empty(self) -> str:
         """A new version of the same weights."""
-        return await self._publish(self._delta(self._state), self._state)
+        return await self._publish(await self._delta(self._state), self._state)
 
     async def snapshot(self) -> str:
         """Everything, whatever the base."""
-        new = self._changed(0.05)
+        new = await self._changed(0.05)
         base = self._versions.latest
         update = snapshot_update(self._layout, self._state, new, base=base, block_bytes=_BLOCK_BYTES)
         return await self._publish(update, new)
@@ -133,20 +169,20 @@ class Updater:
 
     async def aborted(self) -> str:
         """Staged, and then dropped."""
-        transfer_id = await self._staged(self._delta(self._changed(0.01)))
+        transfer_id = await self._staged(await self._delta(await self._changed(0.01)))
         replies = [await self._http.delete(f"/load_weights/{transfer_id}") for _ in range(2)]
         return "" if [reply.status_code for reply in replies] == [200, 200] else f"abort: {replies[0].text}"
 
     async def wrong_digest(self) -> str:
         """Written, found to be something else, and put back."""
-        update = self._delta(self._changed(0.01)).declaring(digest="0" * 32)
+        update = (await self._delta(await self._changed(0.01))).declaring(digest="0" * 32)
         reply = await self._commit(await self._staged(update))
         return "" if reply.status_code == 422 else f"{reply.status_code} {reply.text}"
 
     async def damaged(self) -> str:
         """A chunk that arrives damaged, and again."""
-        new = self._changed(0.05)
-        update = self._delta(new)
+        new = await self._changed(0.05)
+        update = await self._delta(new)
         transfer_id = await self._accepted(update)
         broken = bytes([update.payloads[0][0] ^ 1]) + update.payloads[0][1:]
         await self._wire.send(ChunkFrame(transfer_id, 0), broken)
@@ -154,8 +190,8 @@ class Updater:
 
     async def reconnected(self) -> str:
         """A connection that breaks on the way, and another that begins again."""
-        new = self._changed(0.05)
-        update = self._delta(new)
+        new = await self._changed(0.05)
+        update = await self._delta(new)
         transfer_id = await self._accepted(update)
         await self._wire.send(Hello(transfer_id))
         await self._wire.push(transfer_id, update.payloads, range(len(update.payloads) // 2))
@@ -165,7 +201,7 @@ class Updater:
 
     async def stale(self) -> str:
         """From a version that is not the service's."""
-        update = self._delta(self._state).declaring(base_version=self._versions.latest + 7, version=1 << 40)
+        update = (await self._delta(self._state)).declaring(base_version=self._versions.latest + 7, version=1 << 40)
         reply = await self._http.post("/load_weights", content=update.manifest.model_dump_json())
         return "" if reply.status_code == 409 else f"{reply.status_code} {reply.text}"
 
