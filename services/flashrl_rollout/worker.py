@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import torch
 
+from flashrl_rollout import heap
 from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.model_limits import check_supported
 from flashrl_rollout.rank_weights import RankWeights
@@ -71,10 +72,17 @@ class WorkerExtension:
     def flashrl_revert(self) -> Reply:
         """Put the old values back."""
         self.flashrl.weights.revert()
-        return {}
+        return self.flashrl_done()
 
     @_replying
     def flashrl_keep(self) -> Reply:
         """Drop the old values."""
         self.flashrl.weights.keep()
+        return self.flashrl_done()
+
+    def flashrl_done(self) -> Reply:
+        """An update is over."""
+        worker: Any = self
+        if worker.device.type == "cpu":  # elsewhere the scratch is the device's
+            heap.trim()
         return {}
