@@ -132,13 +132,20 @@ def make_odd(kind: str, folder: Path) -> Path:
 
 
 def step_away(model: Path, folder: Path, seed: int, share: float = 0.3) -> Path:
-    """A copy of a checkpoint, in one file, with noise of a tenth of its spread on a share of each tensor's elements."""
+    """A copy of a checkpoint, in one file, with noise of a tenth of its spread on a share of each tensor's elements.
+
+    A head that stands twice stays twice the same: vLLM and transformers take one that differs as not tied.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: values for file in sorted(model.glob("*.safetensors")) for name, values in load_file(file).items()}
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    is_twice = head is not None and embedding is not None and torch.equal(head, embedding)
     for name, values in tensors.items():
         noise = torch.randn(values.shape, generator=generator) * 0.1 * (values.float().std(correction=0) + 0.01)
         hit = torch.rand(values.shape, generator=generator) < share
         tensors[name] = torch.where(hit, values.float() + noise, values.float()).to(values.dtype)
+    if is_twice:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     return save_like(model, folder, tensors)
 
 
