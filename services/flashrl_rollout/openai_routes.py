@@ -4,6 +4,7 @@ Knows vLLM's routers and what they expect of an app; knows nothing of admission,
 """
 
 import asyncio
+import traceback
 from argparse import Namespace
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+_PROTOCOL = "protocol.py"  # where vLLM's request models are
+
 
 async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
     """Add the routes, their state and vLLM's exception handlers to an empty FastAPI app; `model` is the name served.
@@ -39,6 +42,8 @@ async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
     init_exception_handler(app)
     app.exception_handler(HTTPException)(http_exception_handler)  # vLLM's own is for FastAPI's subclass only
     app.exception_handler(EngineDeadError)(_engine_is_dead)
+    for kind in (AttributeError, TypeError, KeyError):
+        app.exception_handler(kind)(_misread)
 
 
 def _arguments(model: str) -> Namespace:
@@ -46,6 +51,15 @@ def _arguments(model: str) -> Namespace:
     arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     arguments.model, arguments.served_model_name = model, [model]
     return arguments
+
+
+async def _misread(request: Request, error: Exception) -> JSONResponse:
+    """400 where vLLM's check of a request met a type that it had not reckoned with; 500 where that happened later."""
+    is_request = any(frame.filename.endswith(_PROTOCOL) for frame in traceback.extract_tb(error.__traceback__))
+    status = HTTPStatus.BAD_REQUEST if is_request else HTTPStatus.INTERNAL_SERVER_ERROR
+    kind = "invalid_field" if is_request else "InternalServerError"
+    found = create_error_response(f"a field has a wrong type: {error}" if is_request else str(error), kind, status)
+    return JSONResponse(found.model_dump(), found.error.code)
 
 
 async def _engine_is_dead(request: Request, error: EngineDeadError) -> JSONResponse:
