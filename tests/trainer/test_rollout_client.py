@@ -117,12 +117,17 @@ def test_an_answer_that_takes_too_long_is_not_asked_for_again(http: ScriptedHttp
     assert len(http.asked[GENERATE_ROUTE]) == 1
 
 
-@pytest.mark.parametrize("body", [b"<html>hello</html>", {"version": 3}, WEIGHTS | {"more": 1}])
+@pytest.mark.parametrize("body", [b"<html>hello</html>", {"version": 3}, WEIGHTS | {"version": "new"}])
 def test_another_kind_of_server_is_one_line(http: ScriptedHttp, body: object) -> None:
     http.on(WEIGHTS_ROUTE, Answer(body))
     with pytest.raises(ServiceUnreachableError, match=rf"^{http.url} answers, but not as a rollout service[^\n]*$"):
         client(http.url).weights()
     assert len(http.asked[WEIGHTS_ROUTE]) == 1
+
+
+def test_facts_that_a_newer_service_adds_are_passed_over(http: ScriptedHttp) -> None:
+    http.on(WEIGHTS_ROUTE, Answer(WEIGHTS | {"more": 1}))
+    assert client(http.url).weights().version == WEIGHTS["version"]
 
 
 def test_requests_run_at_a_time_and_replies_keep_their_order(http: ScriptedHttp) -> None:
