@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SEED ?= 0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check fix fast engine clean
+.PHONY: help setup demo test check fix fast engine slow clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -24,7 +24,7 @@ $(READY): pyproject.toml scripts/setup.sh scripts/cpu-overrides.txt
 demo: setup ## the whole loop on this machine's CPU: service, trainer, report (SEED=0)
 	@$(BIN)/python scripts/demo.py --seed $(SEED)
 
-test: check fast engine ## check + every test that needs no GPU
+test: check fast engine ## check + the tests that need no GPU (but for the slow ones)
 
 check: setup ## ruff, mypy --strict, import rules
 	$(BIN)/ruff format --check .
@@ -40,7 +40,10 @@ fast: setup ## tests without vLLM: seconds to a few minutes
 	$(PYTEST) -m "not engine and not gpu" tests
 
 engine: setup ## tests on a real vLLM engine
-	$(PYTEST) -m "engine and not gpu" tests
+	$(PYTEST) -m "engine and not gpu and not slow" tests
+
+slow: setup ## engine tests that start engines of their own: several engines, stock vLLM, bench
+	$(PYTEST) -m "slow and not gpu" tests
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.real_engine import ROOT
 from tests.rollout.test_rollout_cli import command
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_the_bare_engine_draws_every_length_exactly_and_is_reported(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flashrl_rollout.engine_group import EngineGroup
 from flashrl_rollout.engine_settings import EngineSettings
 from flashrl_wire.messages import Sampling
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TOKENS = 120
 

@@ -21,10 +21,6 @@ CASES = {
     "mistral/none": 21,  # a sliding window
     "gemma2/int8": 24,  # norms from 1, soft caps, two kinds of layers
     "phi3/fp8": 15,  # fused in the checkpoint already
-    "olmo2/int8": 25,  # norms behind the layers
-    "sharded/int8": 26,
-    "fp16/none": 26,
-    "head_twice/int8": 20,  # one tensor less than the file has
 }
 """Case -> tensors of the stored form."""
 

@@ -17,7 +17,7 @@ import pytest
 from examples import stock_vllm
 from tests.helpers.real_engine import MAX_MODEL_LEN, PROMPTS, ROOT, Checkpoints
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 START_LIMIT_S = 400.0
 
