@@ -74,6 +74,7 @@ class Receiver:
         self._transfer: Transfer | None = None
         self._listener: Listener | None = None
         self._peer: bytes | None = None
+        self._is_stopping = False
 
     @property
     def is_alive(self) -> bool:
@@ -115,24 +116,25 @@ class Receiver:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
-        while True:
+        while not self._is_stopping:
             ready = dict(poller.poll(_POLL_MS))
-            if self._woken in ready and not self._obey():
-                return
+            if self._woken in ready:
+                self._woken.recv()
+                self._obey()
             if self._router in ready:
                 self._receive_burst()
 
-    def _obey(self) -> bool:
-        self._woken.recv()
-        match self._commands.get_nowait():
-            case _Open(transfer, listener):
-                self._transfer, self._listener, self._peer = transfer, listener, None
-                self._report(transfer)  # an update without chunks is complete from the start
-            case _Finish(outcome):
-                self._finish(outcome)
-            case _Stop():
-                return False
-        return True
+    def _obey(self) -> None:
+        """Every command given so far, in order."""
+        while not self._commands.empty():
+            match self._commands.get_nowait():
+                case _Open(transfer, listener):
+                    self._transfer, self._listener, self._peer = transfer, listener, None
+                    self._report(transfer)  # an update without chunks is complete from the start
+                case _Finish(outcome):
+                    self._finish(outcome)
+                case _Stop():
+                    self._is_stopping = True
 
     def _finish(self, outcome: Staged | Failed) -> None:
         transfer = self._transfer
@@ -159,14 +161,19 @@ class Receiver:
             self.malformed_frames += 1
             logger.debug("dropped a frame: %s", error)
             return
+        if not self._is_open(frame.transfer_id):
+            self._obey()  # it may have been opened a moment ago: its first frame overtakes the command's wake-up
         peer, transfer = parts[0].bytes, self._transfer
-        if transfer is None or frame.transfer_id != transfer.id:
+        if transfer is None or not self._is_open(frame.transfer_id):
             self._send(peer, Failed(frame.transfer_id, UnknownTransferError.code, "no such transfer"))
             return
         self._peer = peer
         for reply in transfer.handle(frame, parts[2].buffer if len(parts) == 3 else None, peer):
             self._send(peer, reply)
         self._report(transfer)
+
+    def _is_open(self, transfer_id: str) -> bool:
+        return self._transfer is not None and self._transfer.id == transfer_id
 
     def _report(self, transfer: Transfer) -> None:
         """Tell the listener once that nothing more is awaited."""
