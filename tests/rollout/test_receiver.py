@@ -1,4 +1,4 @@
-"""The receiving thread, from its commands and one socket; what a transfer answers is tests/rollout/test_transfer.py's."""
+"""The receiving thread, from its commands and one socket; test_transfer.py holds what a transfer answers."""
 
 from collections.abc import AsyncIterator
 
