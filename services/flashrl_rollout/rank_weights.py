@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from flashrl_rollout.checkpoint_reader import Checkpoint
+from flashrl_rollout.head_copies import head_copies
 from flashrl_rollout.linear_method import RowsLinearMethod
 from flashrl_rollout.probe import Landing, probe
 from flashrl_rollout.runtime_map import Held, RuntimePart, check_disjoint, patterns_of
@@ -33,11 +34,12 @@ class RankWeights:
     tensors: tuple[TensorSpec, ...]
     parts: Mapping[str, RuntimePart]
     unused: frozenset[str]
+    vocab_sizes: frozenset[int]
     weights: RuntimeWeights
 
     @classmethod
     def open(cls, model: Any, checkpoint: Checkpoint) -> "RankWeights":
-        """Find all tensors of `checkpoint` in `model`; ValueError names one that cannot be updated in place."""
+        """Find all tensors of `checkpoint` in `model`; ValueError names one that cannot be updated or is not served."""
         watched = _memory(model)
         found = _by_name(probe(model.load_weights, checkpoint.shapes, watched))
         tensors = tuple(_spec(name, checkpoint.shapes[name], landings) for name, landings in found.items())
@@ -45,9 +47,15 @@ class RankWeights:
         found.update(_by_name(probe(model.load_weights, scales, watched)))
         parts = {part.name: _part(part, found.get(part.name, [])) for spec in tensors for part in spec.parts()}
         check_disjoint(parts)
-        refresh = _Refresh(model)
-        weights = RuntimeWeights(parts, refresh)
-        return cls(tensors, parts, frozenset(checkpoint.shapes.keys() - found.keys()), weights)
+        unused = frozenset(checkpoint.shapes.keys() - found.keys())
+        opened = cls(tensors, parts, unused, _vocab_sizes(model), RuntimeWeights(parts, _Refresh(model)))
+        head_copies(checkpoint, opened.shapes, opened.vocab_sizes)  # one that differs would not be served
+        return opened
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of the stored form."""
+        return {spec.name: spec.shape for spec in self.tensors}
 
     def describe(self) -> dict[str, Any]:
         """Tensors, and the number of elements in each region of each part, as plain values."""
@@ -58,8 +66,9 @@ class RankWeights:
 
     def load(self, checkpoint: Checkpoint) -> Shifts:
         """Write a whole checkpoint; ValueError, with nothing changed, unless it holds exactly the model's tensors."""
-        ours = {spec.name: spec.shape for spec in self.tensors}
-        theirs = {name: shape for name, shape in checkpoint.shapes.items() if name not in self.unused}
+        ours = self.shapes
+        passed_over = self.unused | head_copies(checkpoint, ours, self.vocab_sizes)
+        theirs = {name: shape for name, shape in checkpoint.shapes.items() if name not in passed_over}
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise ValueError(
@@ -104,6 +113,11 @@ class _Refresh:
 def _memory(model: nn.Module) -> list[Tensor]:
     """Every tensor that a loader may write."""
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()]
+
+
+def _vocab_sizes(model: nn.Module) -> frozenset[int]:
+    """Rows of the embeddings and heads, without padding."""
+    return frozenset(m.org_vocab_size for m in model.modules() if isinstance(m, VocabParallelEmbedding))
 
 
 def _by_name(landings: list[Landing]) -> dict[str, list[Landing]]:

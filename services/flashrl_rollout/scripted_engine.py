@@ -208,7 +208,7 @@ class ScriptedEngine:
         """Write every part of a Hugging Face folder, old values aside."""
         self._check_alive()
         try:
-            parts = stored_state.read_parts(path, self._layout)
+            parts = stored_state.read_parts(path, self._layout, {self._info.vocab_size})
         except ValueError as error:
             raise EngineError(str(error)) from error
         return self._write(delta.snapshot(name, values) for name, values in parts.items())

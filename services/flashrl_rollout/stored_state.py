@@ -3,13 +3,14 @@
 Knows layouts and quantization; knows nothing of engines. The scripted engine and tests hold their weights in it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flashrl_rollout.checkpoint_reader import Checkpoint
+from flashrl_rollout.head_copies import head_copies
 from flashrl_wire.codec import TORCH_DTYPE
 from flashrl_wire.digest import PartDigest, combine, digest_range
 from flashrl_wire.layout import PartSpec, TensorSpec, WeightLayout
@@ -37,13 +38,18 @@ def store(spec: TensorSpec, values: Tensor) -> Parts:
     return {code_part.name: codes, scale_part.name: scales}
 
 
-def read_parts(folder: Path, layout: WeightLayout) -> Parts:
-    """The stored form of a Hugging Face folder; ValueError for a tensor that is missing or has another shape."""
+def read_parts(folder: Path, layout: WeightLayout, vocab_sizes: Collection[int] = ()) -> Parts:
+    """The stored form of a Hugging Face folder.
+
+    ValueError for a tensor that is missing or has another shape, and for a second head of `vocab_sizes` rows that
+    differs from the embedding it should be.
+    """
     checkpoint = Checkpoint(folder)
     for spec in layout.tensors:
         if checkpoint.shapes.get(spec.name) != spec.shape:
             raise ValueError(f"{folder.name}: has no tensor {spec.name} of shape {list(spec.shape)}")
     specs = {spec.name: spec for spec in layout.tensors}
+    head_copies(checkpoint, {name: spec.shape for name, spec in specs.items()}, vocab_sizes)
     parts: Parts = {}
     for name, values in checkpoint.tensors(list(specs)):
         parts |= store(specs[name], values)

@@ -99,6 +99,21 @@ def _with_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: broken}
 
 
+def test_a_head_that_differs_from_the_tied_embedding_changes_nothing(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    tensors = load_file(checkpoints.first / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    equal = save_like(checkpoints.first, tmp_path / "equal", tensors | {"lm_head.weight": embedding.clone()})
+    other = save_like(checkpoints.first, tmp_path / "other", tensors | {"lm_head.weight": embedding * 2})
+    digests = loop.run(int8_engine.digests())
+    with pytest.raises(EngineError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        loop.run(load(int8_engine, other, 9))
+    loop.run(int8_engine.resume())
+    assert loop.run(int8_engine.digests()) == digests
+    assert set(loop.run(load(int8_engine, equal, 11)).values()) == {PartDigest()}
+
+
 def test_a_staged_update_that_does_not_fit_is_undone(int8_engine: Engine, loop: LoopThread, tmp_path: Path) -> None:
     digests = loop.run(int8_engine.digests())
     norm = next(name for name in sorted(digests) if name.endswith("norm.weight"))

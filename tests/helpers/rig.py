@@ -101,13 +101,19 @@ class Rig:
         return list(reply.json()["results"][0]["completions"][0]["token_ids"])
 
 
-def _engine(token_s: float) -> ScriptedEngine:
-    return ScriptedEngine(LAYOUT, stored_state.random_parts(LAYOUT, 0), INFO, end_token=None, token_s=token_s)
+def _engine(token_s: float, layout: WeightLayout) -> ScriptedEngine:
+    return ScriptedEngine(layout, stored_state.random_parts(layout, 0), INFO, end_token=None, token_s=token_s)
 
 
 @asynccontextmanager
 async def running(
-    stage_root: Path, *, token: str | None = None, token_s: float = 0.0, engines: int = 1, **settings: object
+    stage_root: Path,
+    *,
+    token: str | None = None,
+    token_s: float = 0.0,
+    engines: int = 1,
+    layout: WeightLayout = LAYOUT,
+    **settings: object,
 ) -> AsyncIterator[Rig]:
     """A service with `settings` on free ports, until the block ends."""
     config = RolloutConfig.model_validate(
@@ -116,7 +122,7 @@ async def running(
     bound = startup.bind(config, {} if token is None else {"FLASHRL_TOKEN": token})
     bound.receiver.start()
     service = Service()
-    scripted = tuple(_engine(token_s) for _ in range(engines))
+    scripted = tuple(_engine(token_s, layout) for _ in range(engines))
     engine: Engine = scripted[0] if engines == 1 else await EngineGroup.of(scripted)
     app = create_app(service, token=bound.token, max_body_bytes=config.max_body_mib << 20)
     service.parts = await assemble(config, engine, bound.receiver, bound.stage_dir, service.metrics.count_update)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.helpers.rig import LAYOUT, Rig, running
+from tests.helpers.rig import INFO, LAYOUT, Rig, running
 
 from flashrl_rollout import stored_state
 from flashrl_rollout.checkpoint_path import resolve_checkpoint
 from flashrl_wire.errors import InvalidFieldError, PathNotAllowedError
+from flashrl_wire.layout import TensorSpec, WeightLayout
 
 pytestmark = pytest.mark.anyio
 
@@ -72,6 +73,35 @@ async def test_folder_that_cannot_be_loaded_changes_nothing(rooted: Rig, tmp_pat
         assert (await load(rooted, path))[0] == status
     assert stored_state.digests(rooted.engine.parts) == before
     assert len(await rooted.sample()) > 0
+
+
+TIED = WeightLayout.of(
+    [
+        TensorSpec(name="embed.weight", shape=(INFO.vocab_size, 4), storage="bf16"),
+        TensorSpec(name="norm.weight", shape=(4,), storage="bf16"),
+    ]
+)
+
+
+async def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    embedding = torch.arange(INFO.vocab_size * 4).reshape(-1, 4).bfloat16()
+    tensors = {"embed.weight": embedding, "norm.weight": torch.ones(4).bfloat16()}
+    head = embedding.clone()
+    head[-1, -1] += 8  # one step of bf16 at 1,199
+    for name, second in (("equal", embedding.clone()), ("other", head)):
+        (tmp_path / name).mkdir()
+        save_file(tensors | {"lm_head.weight": second}, tmp_path / name / "model.safetensors")
+    async with running(tmp_path, checkpoint_roots=[tmp_path], layout=TIED) as rig:
+        before = await rig.weights()
+        status, reply = await load(rig, tmp_path / "other")
+        assert status == 422
+        assert "checkpoint: lm_head.weight differs from embed.weight, but this model has one" in str(reply)
+        after = await rig.weights()
+        assert [after[name] for name in ("version", "digest", "poisoned")] == [0, before["digest"], False]
+        assert len(await rig.sample()) == 8
+        status, reply = await load(rig, tmp_path / "equal")
+        assert (status, reply["version"]) == (200, 5)
+        assert torch.equal(rig.engine.parts["embed.weight"], embedding)
 
 
 async def test_version_must_not_be_negative(rooted: Rig, tmp_path: Path) -> None:
