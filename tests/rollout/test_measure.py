@@ -1,5 +1,6 @@
 """What 8 bits cost and which layers stay bf16, on a small random model and without vLLM's kernels."""
 
+import io
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from flashrl_rollout.measure.choice import KindCost, choose
 from flashrl_rollout.measure.kernel_times import layer_times
 from flashrl_rollout.measure.layer_kinds import layer_kinds, selected_modules
 from flashrl_rollout.measure.measurer import Measurer, PrecisionReport
+from flashrl_rollout.measure.progress import Progress
 from flashrl_rollout.measure.rows_linear import ExchangeableModel
 from flashrl_rollout.measure.texts import prompts, read_texts
 from flashrl_rollout.measure.token_scores import Mismatch, ScoredText, mismatch, sample, token_logprobs
@@ -148,13 +150,28 @@ def test_a_weight_that_is_no_number_is_named(model: Any) -> None:
         ExchangeableModel(model, ["model.layers.1.mlp.up_proj"], "fp8_rows", WeightOnly)
 
 
-def measured(model: Any, limit_kl: float = math.inf) -> PrecisionReport:
+def measured(model: Any, limit_kl: float = math.inf, told: list[str] | None = None) -> PrecisionReport:
     texts = sample(model, itertools.cycle([[1], [2], [3]]), 41, 20, seed=0)
-    return Measurer(model, layer_kinds(model, PACKED), texts).report("int8", WeightOnly, limit_kl, has_times=False)
+    measurer = Measurer(model, layer_kinds(model, PACKED), texts)
+    tell = [] if told is None else told
+    return measurer.report("int8", WeightOnly, limit_kl, has_times=False, tell=tell.append)
+
+
+@pytest.mark.parametrize(("is_terminal", "lines"), [(False, ["loading [x]", "sampling"]), (True, [])])
+def test_elsewhere_than_on_a_terminal_every_piece_has_a_line(is_terminal: bool, lines: list[str]) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=is_terminal, width=80)
+    with Progress(console) as progress:
+        progress.piece("loading [x]")
+        progress.piece("sampling")
+    assert [line for line in written.getvalue().splitlines() if "\x1b" not in line] == lines
 
 
 def test_each_kind_is_measured_alone_and_all_together(model: Any) -> None:
-    found = measured(model)
+    told: list[str] = []
+    found = measured(model, told=told)
+    alone = ["int8: qkv_proj", "int8: o_proj", "int8: gate_up_proj", "int8: down_proj"]
+    assert told == [*alone, "int8: down_proj, gate_up_proj, o_proj, qkv_proj"]  # which is what was chosen, too
     kls = {kind.kind: kind.mismatch.k3_kl for kind in found.kinds}
     assert len(set(kls.values())) == 4
     assert min(kls.values()) > 0

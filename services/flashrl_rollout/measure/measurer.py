@@ -3,7 +3,7 @@
 Runs the service's own kernels inside the Hugging Face model. Knows nothing of files, tables or flags.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -64,9 +64,15 @@ class Measurer:
         self._reference = token_logprobs(model, texts)
 
     def report(
-        self, quantization: Quantization, make_kernel: MakeKernel, limit_kl: float, *, has_times: bool
+        self,
+        quantization: Quantization,
+        make_kernel: MakeKernel,
+        limit_kl: float,
+        *,
+        has_times: bool,
+        tell: Callable[[str], None],
     ) -> PrecisionReport:
-        """Measure one precision and choose."""
+        """Measure one precision and choose; `tell` is called with each piece that is begun."""
         storage = STORAGE[quantization]
         modules = [module for kind in self._kinds for module in kind.modules]
         exchangeable = ExchangeableModel(self._model, modules, storage, make_kernel)
@@ -74,6 +80,7 @@ class Measurer:
 
         def measured(names: frozenset[str]) -> Mismatch:
             if names not in found:
+                tell(f"{quantization}: {', '.join(sorted(names))}")
                 found[names] = mismatch(self._reference, self._scores(exchangeable, names))
             return found[names]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flashrl_rollout.measure.progress import Progress
 from flashrl_rollout.measure.texts import prompts, read_texts
 from flashrl_rollout.model_check import check_model
 from flashrl_wire.messages import Quantization
@@ -33,23 +34,30 @@ class MeasureSettings:
     json_out: Path | None = None
 
 
-def run(settings: MeasureSettings, console: Console) -> None:
-    """Measure, print, write; ValueError of one line for what cannot be measured."""
+def run(settings: MeasureSettings, console: Console, progress_console: Console | None = None) -> None:
+    """Measure, print, write; ValueError of one line for what cannot be measured. Progress goes to stderr by default."""
     texts = _checked(settings)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    with console.status("loading vLLM"):
+    with Progress(progress_console) as progress:
+        progress.piece("loading vLLM")
         from flashrl_rollout.measure import report, subject
-    with console.status(f"loading {settings.model}"):
+
+        progress.piece(f"loading {settings.model}")
         measured = subject.load(settings.model, settings.quantizations)
-    with console.status(f"sampling {settings.tokens} tokens in bf16"):
+        progress.piece(f"sampling {settings.tokens} tokens in bf16")
         asked = prompts(texts, measured.encode, measured.vocab_size)
         drawn = measured.sample(asked, settings.tokens, _SAMPLE_TOKENS, _SEED)
         measurer = measured.measurer(drawn)
-    reports = []
-    for quantization in settings.quantizations:
-        with console.status(f"measuring {quantization}"):
-            make_kernel = subject.kernel_maker(quantization)
-            reports.append(measurer.report(quantization, make_kernel, settings.limit_kl, has_times=settings.has_times))
+        reports = [
+            measurer.report(
+                quantization,
+                subject.kernel_maker(quantization),
+                settings.limit_kl,
+                has_times=settings.has_times,
+                tell=progress.piece,
+            )
+            for quantization in settings.quantizations
+        ]
     limit = None if math.isinf(settings.limit_kl) else settings.limit_kl
     num_tokens = sum(text.num_scored for text in drawn)
     facts = {"model": settings.model, "device": measured.device_name, "tokens": num_tokens, "limit_kl": limit}
