@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from flashrl_trainer import assemble
 from flashrl_trainer.checkpoint import CheckpointStore, export
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
+from flashrl_trainer.exporter import open_mirrors
 from flashrl_trainer.interrupt import Interrupt, ignore_signals
 from flashrl_trainer.metrics import MetricsWriter
 from flashrl_trainer.rollout_client import RolloutClient
@@ -41,7 +42,7 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
         sync = assemble.make_sync(config, client, ranks, run_id, interrupt)
         if ranks.is_main:
             stack.callback(client.release, run_id)
-        writer = stack.enter_context(MetricsWriter(folder, config, active=ranks.is_main))
+        writer = stack.enter_context(MetricsWriter(folder, config, active=ranks.is_main, open_mirror=open_mirrors))
         loop, updater, store = assemble.make_loop(
             config, ranks, inputs, policy, sync, client, writer, interrupt, folder
         )

@@ -55,6 +55,8 @@ class RunSettings(Section):
         0, ge=0, description="Weight versions that must be out before `stop_accuracy` counts"
     )
     threads: int = Field(0, ge=0, description="torch CPU threads; 0: torch's default")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus can read the last row at /metrics here; 0: off")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of `metrics_port`")
 
 
 class ModelSettings(Section):
