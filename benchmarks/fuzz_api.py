@@ -17,8 +17,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,8 @@ import httpx
 from benchmarks import abuse_http, abuse_wire
 from benchmarks.bad_requests import bad_requests
 from benchmarks.openapi_cases import DEPARTS, OpenApiCases, Sent
-from benchmarks.service_process import ServiceProcess, scripted_service, service
+from benchmarks.service_process import ServiceProcess, tiny_service
 
-MODEL = Path("examples/tiny_arith/model")
 LIMIT_S = 20.0
 SETTINGS = {
     "request_timeout_s": 1, "admit_timeout_s": 1, "drain_deadline_s": 1, "transfer_deadline_s": 2, "run_idle_s": 1,
@@ -171,21 +168,6 @@ def _is_error(content: bytes) -> bool:
         return content == b"Invalid HTTP request received."
 
 
-@contextmanager
-def started(args: argparse.Namespace, log: Path) -> Iterator[ServiceProcess]:
-    """The service that the arguments ask for."""
-    if args.real:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-        flags += ["--device=cpu", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--threads=1"]
-        flags += ["--quantize-layers=all"]
-        with service(str(MODEL), args.quantization, log, *flags) as running:
-            yield running
-    else:
-        options = {"folder": str(MODEL), "token_s": 0.001}
-        with scripted_service(log, options, **SETTINGS) as running:
-            yield running
-
-
 def facts(report: Report) -> dict[str, Any]:
     """The report as JSON takes it."""
     counters = ("bad_requests", "raw_connections", "drawn")
@@ -204,7 +186,10 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "service.log"
-        with started(args, log) as running:
+        scripted = {"token_s": 0.001}
+        with tiny_service(
+            log, real=args.real, quantization=args.quantization, scripted=scripted, settings=SETTINGS
+        ) as running:
             report = Fuzz(running, args).run()
         text = log.read_text(errors="replace")
         if running.exit_code != 0 or "Traceback" in text:

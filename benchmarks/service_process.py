@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+TINY_MODEL = Path("examples/tiny_arith/model")
 START_DEADLINE_S = 900.0
 STOP_DEADLINE_S = 60.0
 
@@ -73,6 +74,23 @@ def scripted_service(log: Path, options: dict[str, Any], **settings: object) -> 
     """The same around the engine that computes no model; `options` are its own, `settings` those of every service."""
     with _running(["flashrl_rollout.scripted_service", json.dumps(options)], log, settings) as running:
         yield running
+
+
+@contextmanager
+def tiny_service(
+    log: Path, *, real: bool, quantization: str, scripted: dict[str, Any], settings: dict[str, Any]
+) -> Iterator[ServiceProcess]:
+    """The tiny model under vLLM on one thread of the CPU, or its weights in the scripted engine."""
+    if real:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        flags += ["--device=cpu", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--threads=1"]
+        flags += ["--quantize-layers=all"]
+        with service(str(TINY_MODEL), quantization, log, *flags) as running:
+            yield running
+    else:
+        options = {"folder": str(TINY_MODEL), "quantization": quantization} | scripted
+        with scripted_service(log, options, **settings) as running:
+            yield running
 
 
 @contextmanager

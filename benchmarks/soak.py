@@ -14,22 +14,20 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
 from benchmarks.process_watch import ProcessWatch
 from benchmarks.scripted_draws import ScriptedDraws
-from benchmarks.service_process import ServiceProcess, scripted_service, service
+from benchmarks.service_process import TINY_MODEL, ServiceProcess, tiny_service
 from benchmarks.soak_clients import Client, Tally, Versions
 from benchmarks.soak_updates import Pauser, Updater
 from tests.helpers.wire_trainer import Update
 
 from flashrl_rollout.stored_state import Parts
 
-MODEL = Path("examples/tiny_arith/model")
 PROMPTS = Path("examples/tiny_arith/data/heldout.jsonl")
 WATCH_EVERY_S = 5.0
 REST_LIMIT_S, MEMORY_GROWTH = 1.0, 0.02
@@ -53,6 +51,7 @@ class Report:
     completions_over_versions: int = 0
     seconds_to_rest: list[float] = field(default_factory=list)
     memory_mib: list[float] = field(default_factory=list)
+    memory_mib_by_process: list[dict[str, float]] = field(default_factory=list)
     memory_mib_under_load: list[float] = field(default_factory=list)
     open_files: list[int] = field(default_factory=list)
     slowest_health_s: float = 0.0
@@ -88,7 +87,7 @@ class Soak:
 
     async def run(self) -> Report:
         """All phases, the comparison, the last look."""
-        self._updater = await Updater.of(self._http, MODEL, self._versions, self._args.seed)
+        self._updater = await Updater.of(self._http, TINY_MODEL, self._versions, self._args.seed)
         end = time.monotonic() + self._args.minutes * 60
         phases = max(2, round(self._args.minutes * 60 / self._args.phase_s))
         for phase in range(phases):
@@ -119,6 +118,7 @@ class Soak:
         if problem := await self._updater.empty():  # a commit gives back what is free, so that only what is held counts
             self._tally.problem(problem)
         self.report.memory_mib.append(self._memory_mib())
+        self.report.memory_mib_by_process.append({name: _mib(held) for name, held in self._watch.memory().items()})
         self.report.open_files.append(self._watch.counts()[0])
         self._say(f"phase {phase + 1}: at rest after {self.report.seconds_to_rest[-1]} s")
 
@@ -184,7 +184,7 @@ class Soak:
         return dict(await self._watch.gauges())
 
     def _memory_mib(self) -> float:
-        return round(sum(self._watch.memory().values()) / (1 << 20), 1)
+        return _mib(sum(self._watch.memory().values()))
 
     def _say(self, text: str) -> None:
         state = (
@@ -205,6 +205,10 @@ class Soak:
             report.failures.append("no completion crossed a commit: nothing was shown about spans")
 
 
+def _mib(num_bytes: int) -> float:
+    return round(num_bytes / (1 << 20), 1)
+
+
 async def _repeat(step: Callable[[], Awaitable[None]], every_s: float) -> None:
     """Do a step again and again; once cancelled, the one under way is finished."""
     while True:
@@ -223,21 +227,6 @@ async def _end(tasks: "list[asyncio.Task[None]]") -> None:
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(outcome, Exception):
             raise outcome
-
-
-@contextmanager
-def started(args: argparse.Namespace, log: Path) -> Iterator[ServiceProcess]:
-    """The service that the arguments ask for."""
-    if args.real:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-        flags += ["--device=cpu", "--max-model-len=256", "--max-num-seqs=64", "--enforce-eager", "--threads=1"]
-        flags += ["--quantize-layers=all"]
-        with service(str(MODEL), args.quantization, log, *flags) as running:
-            yield running
-    else:
-        options = {"folder": str(MODEL), "token_s": args.token_s, "quantization": args.quantization}
-        with scripted_service(log, options, checkpoint_roots=MODEL.resolve(), **SETTINGS) as running:
-            yield running
 
 
 async def soak(running: ServiceProcess, args: argparse.Namespace) -> Report:
@@ -264,7 +253,13 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "service.log"
-        with started(args, log) as running:
+        with tiny_service(
+            log,
+            real=args.real,
+            quantization=args.quantization,
+            scripted={"token_s": args.token_s},
+            settings=SETTINGS | {"checkpoint_roots": TINY_MODEL.resolve()},
+        ) as running:
             report = asyncio.run(soak(running, args))
         text = log.read_text(errors="replace")
         if running.exit_code != 0 or "Traceback" in text:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import tiny_models
 from tests.helpers.real_engine import command, environment
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,18 +29,7 @@ from flashrl_rollout.layer_selection import LayerSelection
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 301,  # padded by the engine
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+SIZES = tiny_models.SIZES
 ONE_KEY_HEAD = SIZES | {"num_key_value_heads": 1}  # which both ranks then hold
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**ONE_KEY_HEAD, tie_word_embeddings=False)),
@@ -49,9 +38,7 @@ FAMILIES: dict[str, Any] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=32)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=301, n_positions=64, bos_token_id=0, eos_token_id=0)
-    ),
+    "gpt2": lambda: GPT2LMHeadModel(tiny_models.REFUSED["gpt2"]()),
 }
 
 # qkv has (4 + 2) heads x 32 x 128 = 24,576 elements, gate and up 2 x 192 x 128 = 49,152. The two ranks, which both hold
