@@ -15,8 +15,11 @@ from flashrl_rollout.engine import EngineInfo
 from flashrl_rollout.scripted_engine import Faults, ScriptedEngine
 from flashrl_rollout.scripted_folder import folder_layout
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
+from flashrl_trainer.fleet import Fleet
+from flashrl_trainer.keeper import Keeper
 from flashrl_trainer.model import Policy, load_policy
 from flashrl_trainer.publisher import Publisher
+from flashrl_trainer.replica import Replica
 from flashrl_trainer.rollout_client import RolloutClient
 from flashrl_trainer.weight_sync import HandshakeError, Identity, WeightSync
 from flashrl_wire.errors import DigestMismatchError, UpdateInProgressError
@@ -100,10 +103,24 @@ def start(folder: Path, tmp_path: Path) -> Start:
     return start
 
 
-def sync_with(service: LiveService, ranks: Ranks, run_id: str = RUN) -> WeightSync:
+_fleets: list[Fleet] = []
+
+
+@pytest.fixture(autouse=True)
+def keepers_end() -> Iterator[None]:
+    """They would go on asking for services on ports that other tests use next."""
+    yield
+    while _fleets:
+        _fleets.pop().stopping.set()
+
+
+def sync_with(service: LiveService, ranks: Ranks, run_id: str = RUN, ring_bytes: int = 0) -> WeightSync:
     client = RolloutClient(service.url, None, request_timeout_s=10, retry_s=5)
-    publisher = Publisher(client, run_id, deadline_s=10, keys=None)
-    return WeightSync(client, publisher, ranks, block_bytes=1000, deadline_s=5)
+    replica = Replica(client, Publisher(client, run_id, deadline_s=10, keys=None))
+    fleet = Fleet([replica], deadline_s=5, straggler_s=5, note=lambda line: None)
+    _fleets.append(fleet)
+    Keeper(fleet, lambda: [service.url], lambda url: replica).start()
+    return WeightSync(fleet, run_id, ranks, block_bytes=1000, ring_bytes=ring_bytes)
 
 
 def connected(

@@ -7,11 +7,10 @@ import pytest
 import zmq
 from tests.helpers.scripted_http import HANG_UP, Answer, ScriptedHttp, refusal
 
-from flashrl_trainer.baseline import Baseline, EncodedUpdate
-from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
+from flashrl_trainer.outgoing import Held, Outgoing
 from flashrl_trainer.publisher import Publisher, Sent
 from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
-from flashrl_wire import frames
+from flashrl_wire import digest, frames
 from flashrl_wire.codec import chunk_hash
 from flashrl_wire.errors import BadUpdateError, UpdateInProgressError
 from flashrl_wire.frames import ChunkFrame, Credit, Failed, Frame, Hello, Resend, Staged
@@ -23,26 +22,21 @@ PAYLOADS = [b"a" * 10, b"b" * 10, b"c" * 10]
 LIMIT_S = 10.0
 BEGIN, COMMIT, ABORT = "POST /load_weights", f"POST /load_weights/{ID}/commit", f"DELETE /load_weights/{ID}"
 NOTHING = WeightLayout(())
+DIGEST = digest.combine({})
 
 
-@pytest.fixture(scope="module")
-def baseline() -> Iterator[Baseline]:
-    """Of a model without tensors: the publisher looks at digests and the layout's hash only."""
-    ranks: Ranks = start_ranks("cpu", timeout_s=30)
-    yield Baseline(NOTHING, ranks, 100)
-    stop_ranks()
-
-
-def update(kind: str = "delta") -> EncodedUpdate:
+def update(kind: str = "delta") -> Outgoing:
+    """Version 8 of a model without tensors: the publisher looks at digests and the layout's hash only."""
     chunks = [Chunk(raw_bytes=20, wire_bytes=len(payload), hash=chunk_hash(payload)) for payload in PAYLOADS]
-    return EncodedUpdate(kind, [], chunks, list(PAYLOADS), 5, {}, [])
+    base = Held(7, DIGEST) if kind == "delta" else None
+    return Outgoing(base, Held(8, DIGEST), NOTHING.hash, 5, [], chunks, list(PAYLOADS))
 
 
 class Service:
     """Both planes of a service, played by the test; `publish` runs the publisher beside it."""
 
-    def __init__(self, http: ScriptedHttp, baseline: Baseline) -> None:
-        self.http, self._baseline = http, baseline
+    def __init__(self, http: ScriptedHttp) -> None:
+        self.http = http
         self._router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         port: int = self._router.bind_to_random_port("tcp://127.0.0.1")
         self._pool = ThreadPoolExecutor(1)
@@ -64,14 +58,13 @@ class Service:
 
     def committed(self) -> Answer:
         """The reply to a commit."""
-        digest = self._baseline.digest({})
-        return Answer({"version": 8, "digest": digest, "pause_ms": 2.5, "changed_elements": 5, "wire_bytes": 30})
+        return Answer({"version": 8, "digest": DIGEST, "pause_ms": 2.5, "changed_elements": 5, "wire_bytes": 30})
 
-    def publish(self, what: EncodedUpdate | None = None, *, deadline_s: float = LIMIT_S) -> "Future[Sent]":
+    def publish(self, what: Outgoing | None = None, *, deadline_s: float = LIMIT_S) -> "Future[Sent]":
         """The publisher at work on version 8, tried once, in a thread of its own."""
         client = RolloutClient(self.http.url, None, request_timeout_s=LIMIT_S, retry_s=0.0)
         publisher = Publisher(client, "run-a", deadline_s=deadline_s, keys=None)
-        return self._pool.submit(publisher.publish, what or update(), self._baseline, 8, self.acknowledged.append)
+        return self._pool.submit(publisher.publish, what or update(), self.acknowledged.append)
 
     def hear(self) -> tuple[Frame, bytes | None]:
         """The next frame, and its payload."""
@@ -110,9 +103,9 @@ class Service:
 
 
 @pytest.fixture
-def service(baseline: Baseline) -> Iterator[Service]:
+def service() -> Iterator[Service]:
     with ScriptedHttp().serving() as http:
-        service = Service(http, baseline)
+        service = Service(http)
         yield service
         service.close()
 
@@ -136,16 +129,16 @@ def test_never_more_is_under_way_than_was_granted(service: Service) -> None:
     assert asked(service, COMMIT, ABORT) == [1, 0]
 
 
-def test_manifest_says_what_the_update_starts_from(service: Service, baseline: Baseline) -> None:
+def test_manifest_says_what_the_update_starts_from(service: Service) -> None:
     """A delta from what was committed last, a snapshot from whatever is there."""
-    for kind, base in (("delta", baseline.digest()), ("snapshot", "f" * 32)):
+    for kind, base in (("delta", DIGEST), ("snapshot", "f" * 32)):
         sent = service.publish(update(kind))
         service.staged()
         assert sent.result(LIMIT_S).kind == kind
         manifest = service.http.asked[BEGIN][-1].body
         assert (manifest["kind"], manifest["run_id"], manifest["version"]) == (kind, "run-a", 8)
         assert (manifest["base_version"], manifest["base_digest"]) == (7, base)
-        assert (manifest["digest"], manifest["layout_hash"]) == (baseline.digest({}), NOTHING.hash)
+        assert (manifest["digest"], manifest["layout_hash"]) == (DIGEST, NOTHING.hash)
 
 
 def test_damaged_chunk_is_sent_again_within_its_credit(service: Service) -> None:
@@ -205,22 +198,20 @@ def test_answers_to_hello_are_no_progress(service: Service) -> None:
         sent.result()
 
 
-def test_lost_reply_to_a_commit_is_settled_by_what_the_service_holds(service: Service, baseline: Baseline) -> None:
+def test_lost_reply_to_a_commit_is_settled_by_what_the_service_holds(service: Service) -> None:
     service.http.on(COMMIT, HANG_UP)
-    service.http.on("GET /weights", service.weights(7, "f" * 32), service.weights(8, baseline.digest({})))
+    service.http.on("GET /weights", service.weights(7, "f" * 32), service.weights(8, DIGEST))
     sent = service.publish()
     service.staged()
     reply = sent.result(LIMIT_S).reply
-    assert (reply.version, reply.digest, reply.pause_ms, reply.changed_elements) == (8, baseline.digest({}), 1.5, 5)
+    assert (reply.version, reply.digest, reply.pause_ms, reply.changed_elements) == (8, DIGEST, 1.5, 5)
     assert asked(service, COMMIT, ABORT) == [1, 0]
 
 
 @pytest.mark.parametrize(("version", "digest"), [(7, "f" * 32), (8, "e" * 32), (7, "")])
-def test_commit_that_was_lost_itself_is_an_error(
-    service: Service, baseline: Baseline, version: int, digest: str
-) -> None:
+def test_commit_that_was_lost_itself_is_an_error(service: Service, version: int, digest: str) -> None:
     service.http.on(COMMIT, HANG_UP)
-    after = service.weights(version, digest or baseline.digest({}))
+    after = service.weights(version, digest or DIGEST)
     service.http.on("GET /weights", service.weights(7, "f" * 32), after)
     sent = service.publish()
     service.staged()

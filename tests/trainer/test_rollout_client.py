@@ -1,4 +1,4 @@
-"""The client against a server that says what it is told: what is tried again, for how long, and how failures read."""
+"""The client's single calls against a server that says what it is told: what is tried again, and how failures read."""
 
 import threading
 import time
@@ -10,14 +10,13 @@ from tests.helpers.scripted_http import HANG_UP, Answer, ScriptedHttp, refusal
 
 from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
 from flashrl_wire.errors import InvalidFieldError, NotReadyError, UpdateInProgressError
-from flashrl_wire.messages import GenerateRequest, GenerateResponse, Sampling
 
 WEIGHTS = {
     "version": 3, "digest": "0" * 32, "quantization": "int8", "storage_bytes": 10, "last_update": None,
     "model": "m", "layout_hash": "1" * 32, "tokenizer_hash": "2" * 32, "vocab_size": 9, "max_model_len": 99,
     "weights_port": 5, "run_id": None, "poisoned": False,
 }  # fmt: skip
-WEIGHTS_ROUTE, GENERATE_ROUTE = "GET /weights", "POST /generate"
+WEIGHTS_ROUTE = "GET /weights"
 
 
 @pytest.fixture
@@ -26,19 +25,8 @@ def http() -> Iterator[ScriptedHttp]:
         yield http
 
 
-def client(
-    url: str, *, retry_s: float = 5.0, request_timeout_s: float = 5.0, token: str | None = None
-) -> RolloutClient:
-    return RolloutClient(url, token, request_timeout_s=request_timeout_s, retry_s=retry_s)
-
-
-def reply(version: int = 1) -> Answer:
-    usage = {"prompt_tokens": 0, "completion_tokens": 0}
-    return Answer({"weight_version": version, "quantization": "int8", "results": [], "usage": usage})
-
-
-def ask(seed: int = 0) -> GenerateRequest:
-    return GenerateRequest(prompts=["hi"], sampling=Sampling(seed=seed))
+def client(url: str, *, retry_s: float = 5.0, token: str | None = None) -> RolloutClient:
+    return RolloutClient(url, token, request_timeout_s=5.0, retry_s=retry_s)
 
 
 def gaps(http: ScriptedHttp, route: str) -> list[float]:
@@ -46,16 +34,10 @@ def gaps(http: ScriptedHttp, route: str) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-@pytest.mark.parametrize("route", [WEIGHTS_ROUTE, GENERATE_ROUTE])
-def test_full_queue_is_tried_again_when_it_says(http: ScriptedHttp, route: str) -> None:
-    full = refusal(429, "queue_full", "9 sequences run or wait", {"Retry-After": "1"})
-    http.on(WEIGHTS_ROUTE, full, Answer(WEIGHTS))
-    http.on(GENERATE_ROUTE, full, reply())
-    if route == WEIGHTS_ROUTE:
-        assert client(http.url).weights().version == 3
-    else:
-        assert client(http.url).generate([ask()])[0].weight_version == 1
-    (gap,) = gaps(http, route)
+def test_full_queue_is_tried_again_when_it_says(http: ScriptedHttp) -> None:
+    http.on(WEIGHTS_ROUTE, refusal(429, "queue_full", "9 wait", {"Retry-After": "1"}), Answer(WEIGHTS))
+    assert client(http.url).weights().version == 3
+    (gap,) = gaps(http, WEIGHTS_ROUTE)
     assert 1.0 <= gap < 2.0
 
 
@@ -64,10 +46,8 @@ def test_full_queue_is_tried_again_when_it_says(http: ScriptedHttp, route: str) 
 )
 def test_what_passes_is_tried_again(http: ScriptedHttp, failure: Answer) -> None:
     http.on(WEIGHTS_ROUTE, failure, Answer(WEIGHTS))
-    http.on(GENERATE_ROUTE, failure, reply(7))
     assert client(http.url).weights().version == 3
-    assert client(http.url).generate([ask()])[0].weight_version == 7
-    assert len(http.asked[WEIGHTS_ROUTE]) == len(http.asked[GENERATE_ROUTE]) == 2
+    assert len(http.asked[WEIGHTS_ROUTE]) == 2
 
 
 @pytest.mark.parametrize(
@@ -83,38 +63,25 @@ def test_what_does_not_pass_is_an_error_at_once(
     http: ScriptedHttp, failure: Answer, kind: type[Exception], message: str
 ) -> None:
     http.on(WEIGHTS_ROUTE, failure)
-    http.on(GENERATE_ROUTE, failure)
     with pytest.raises(kind, match=f"^{message}$"):
         client(http.url).weights()
-    with pytest.raises(kind, match=f"^{message}$"):
-        client(http.url).generate([ask()])
-    assert len(http.asked[WEIGHTS_ROUTE]) == len(http.asked[GENERATE_ROUTE]) == 1
+    assert len(http.asked[WEIGHTS_ROUTE]) == 1
 
 
 def test_nobody_there_is_tried_until_the_deadline_and_named(free_port: Callable[[], int]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    for call in (client(url, retry_s=0.5).weights, lambda: client(url, retry_s=0.5).generate([ask()])):
-        began = time.monotonic()
-        with pytest.raises(ServiceUnreachableError, match=rf"^rollout service at {url}: ConnectError: "):
-            call()
-        assert 0.5 <= time.monotonic() - began < 3.0
+    began = time.monotonic()
+    with pytest.raises(ServiceUnreachableError, match=rf"^rollout service at {url}: ConnectError: "):
+        client(url, retry_s=0.5).weights()
+    assert time.monotonic() - began >= 0.5
 
 
 def test_deadline_counts_from_the_first_failure(http: ScriptedHttp) -> None:
     """A service is lost at the end of a request that took longer than the deadline; it is worth waiting for."""
     slow = threading.Event()
-    http.on(GENERATE_ROUTE, Answer(when=slow, hang_up=True), reply())
+    http.on(WEIGHTS_ROUTE, Answer(when=slow, hang_up=True), Answer(WEIGHTS))
     threading.Timer(0.6, slow.set).start()
-    assert client(http.url, retry_s=0.5).generate([ask()])[0].weight_version == 1
-
-
-def test_an_answer_that_takes_too_long_is_not_asked_for_again(http: ScriptedHttp) -> None:
-    never = threading.Event()
-    http.on(GENERATE_ROUTE, Answer(when=never, hang_up=True))
-    with pytest.raises(ServiceUnreachableError, match=rf"^rollout service at {http.url}: ReadTimeout$"):
-        client(http.url, request_timeout_s=0.2).generate([ask()])
-    never.set()
-    assert len(http.asked[GENERATE_ROUTE]) == 1
+    assert client(http.url, retry_s=0.5).weights().version == 3
 
 
 @pytest.mark.parametrize("body", [b"<html>hello</html>", {"version": 3}, WEIGHTS | {"version": "new"}])
@@ -130,30 +97,12 @@ def test_facts_that_a_newer_service_adds_are_passed_over(http: ScriptedHttp) -> 
     assert client(http.url).weights().version == WEIGHTS["version"]
 
 
-def test_requests_run_at_a_time_and_replies_keep_their_order(http: ScriptedHttp) -> None:
-    first = threading.Event()
-    http.on(GENERATE_ROUTE, Answer(reply(1).body, when=first), reply(2))
-    arrived = []
-
-    def on_done(answer: GenerateResponse) -> None:
-        arrived.append(answer.weight_version)
-        first.set()  # the first one asked is answered only after the second one has been
-
-    replies = client(http.url).generate([ask(0), ask(1)], on_done)
-    assert arrived == [2, 1]
-    seeds = [asked.body["sampling"]["seed"] for asked in http.asked[GENERATE_ROUTE]]
-    by_seed = dict(zip(seeds, [1, 2], strict=True))
-    assert [answer.weight_version for answer in replies] == [by_seed[0], by_seed[1]]
-
-
 def test_token_is_sent_with_every_request(http: ScriptedHttp) -> None:
     http.on(WEIGHTS_ROUTE, Answer(WEIGHTS))
-    http.on(GENERATE_ROUTE, reply())
     own = client(http.url, token="secret")
     own.weights()
-    own.generate([ask()])
-    sent = [asked.headers["Authorization"] for route in (WEIGHTS_ROUTE, GENERATE_ROUTE) for asked in http.asked[route]]
-    assert sent == ["Bearer secret"] * 2
+    assert [asked.headers["Authorization"] for asked in http.asked[WEIGHTS_ROUTE]] == ["Bearer secret"]
+    assert own.session(1).headers["Authorization"] == "Bearer secret"
 
 
 def test_waits_until_ready(http: ScriptedHttp) -> None:

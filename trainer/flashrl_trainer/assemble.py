@@ -1,6 +1,5 @@
 """Builds a run's parts from its configuration, cheapest checks first. Knows every part and runs none of them."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from flashrl_trainer.balancer import Balancer
 from flashrl_trainer.checkpoint import CheckpointStore
 from flashrl_trainer.collect import Collector, Overlong
 from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.fleet import Fleet
 from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.loop import Loop, Parts, Recorder
 from flashrl_trainer.model import LOAD_ERRORS, Policy, first_line, load_policy
 from flashrl_trainer.prompts import PromptStream, RowChecks, load_eval
-from flashrl_trainer.publisher import Publisher, load_curve_keys
 from flashrl_trainer.rewards import Reward, resolve_reward
-from flashrl_trainer.rollout_client import RolloutClient
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.sampling import DynamicSampling
 from flashrl_trainer.settings import TrainerConfig
@@ -26,8 +25,6 @@ from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import Identity, WeightSync
 from flashrl_wire import messages
 from flashrl_wire.handshake import tokenizer_hash
-
-TOKEN_VARIABLE = "FLASHRL_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -38,32 +35,6 @@ class Inputs:
     reward: Reward
     prompts: PromptStream
     eval_prompts: list[Prompt]
-
-
-def read_token(config: TrainerConfig) -> str | None:
-    """The API token from FLASHRL_TOKEN, else from `rollout.token_file`; ValueError for a missing or empty file."""
-    path = config.rollout.token_file
-    if os.environ.get(TOKEN_VARIABLE) or not path:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        token = Path(path).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ValueError(f"rollout.token_file: {path}: {error.strerror or error}") from None
-    if not token:
-        raise ValueError(f"rollout.token_file: {path} is empty")
-    return token
-
-
-def make_client(config: TrainerConfig) -> RolloutClient:
-    """The client of the one replica."""
-    if len(config.rollout.urls) != 1:
-        raise ValueError(f"rollout.urls: this version follows one replica, got {len(config.rollout.urls)}")
-    return RolloutClient(
-        config.rollout.urls[0],
-        read_token(config),
-        request_timeout_s=config.rollout.request_timeout_s,
-        retry_s=config.rollout.connect_deadline_s,
-    )
 
 
 def read_inputs(config: TrainerConfig, on_bad_row: Callable[[str], None]) -> Inputs:
@@ -100,6 +71,7 @@ def make_policy(config: TrainerConfig, ranks: Ranks) -> Policy:
         checkpointing=config.model.activation_checkpointing,
         temperature=config.sampling.temperature,
         chunk_tokens=config.model.logprob_chunk_tokens,
+        compiled=config.model.compile,
     )
 
 
@@ -110,30 +82,33 @@ def identity(config: TrainerConfig, tokenizer: Any, policy: Policy) -> Identity:
 
 
 def make_sync(
-    config: TrainerConfig, client: RolloutClient, ranks: Ranks, run_id: str, interrupt: Interrupt
+    config: TrainerConfig, fleet: Fleet | None, ranks: Ranks, run_id: str, interrupt: Interrupt
 ) -> WeightSync:
-    """The way to the service's weights."""
-    keys = load_curve_keys(Path(config.rollout.keys_dir)) if config.rollout.keys_dir else None
-    publisher = Publisher(client, run_id, deadline_s=config.sync.transfer_deadline_s, keys=keys)
+    """The way to the replicas' weights; the fleet is rank 0's."""
     return WeightSync(
-        client,
-        publisher,
+        fleet,
+        run_id,
         ranks,
         block_bytes=config.sync.chunk_mib << 20,
-        deadline_s=config.rollout.connect_deadline_s,
+        ring_bytes=config.sync.ring_mib << 20,
         interruptible=interrupt.anywhere,
     )
 
 
-def make_collector(config: TrainerConfig, client: RolloutClient, reward: Reward) -> Collector:
-    """Sampling with the settings of training."""
+def make_balancer(config: TrainerConfig, fleet: Fleet) -> Balancer:
+    """The way to samples."""
+    return Balancer(fleet, deadline_s=config.rollout.connect_deadline_s)
+
+
+def make_collector(config: TrainerConfig, balancer: Balancer | None, reward: Reward) -> Collector:
+    """Sampling with the settings of training; the balancer is rank 0's."""
     settings = messages.Sampling(
         temperature=config.sampling.temperature, max_tokens=config.sampling.max_tokens, seed=config.run.seed
     )
     overlong = None
     if config.algorithm.overlong == "soft":
         overlong = Overlong(config.algorithm.overlong_buffer, config.algorithm.overlong_factor)
-    return Collector(client, reward, settings, config.sampling.samples_per_prompt, overlong)
+    return Collector(balancer, reward, settings, config.sampling.samples_per_prompt, overlong)
 
 
 def make_loop(
@@ -142,7 +117,7 @@ def make_loop(
     inputs: Inputs,
     policy: Policy,
     sync: WeightSync,
-    client: RolloutClient,
+    fleet: Fleet | None,
     recorder: Recorder,
     interrupt: Interrupt,
     folder: Path,
@@ -170,7 +145,7 @@ def make_loop(
         policy=policy,
         updater=updater,
         sync=sync,
-        collector=make_collector(config, client, inputs.reward),
+        collector=make_collector(config, make_balancer(config, fleet) if fleet else None, inputs.reward),
         sampling=sampling,
         prompts=prompts,
         eval_prompts=inputs.eval_prompts,

@@ -1,6 +1,6 @@
 """Prompts -> samples -> rewards: fills a step with groups, and evaluates through the same service.
 
-Knows the client, the rewards and the seeds; which groups are kept is `sampling`'s business.
+Knows the balancer, the rewards and the seeds; which groups are kept is `sampling`'s business.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from flashrl_trainer.algorithm.shaping import soft_overlong_penalty
+from flashrl_trainer.balancer import Balancer
 from flashrl_trainer.rewards import Reward
-from flashrl_trainer.rollout_client import RolloutClient
 from flashrl_trainer.samples import Completion, Group, Prompt, Sample
 from flashrl_trainer.sampling import DynamicSampling, SampledStep
 from flashrl_wire import messages
@@ -42,9 +42,9 @@ class Collector:
     """Draws samples for prompts; `drawn` counts them, so that every sample of a run has a seed of its own."""
 
     def __init__(
-        self, client: RolloutClient, reward: Reward, sampling: messages.Sampling, n: int, overlong: Overlong | None
+        self, balancer: Balancer | None, reward: Reward, sampling: messages.Sampling, n: int, overlong: Overlong | None
     ) -> None:
-        self._client, self._reward, self._sampling, self._n, self._overlong = client, reward, sampling, n, overlong
+        self._balancer, self._reward, self._sampling, self._n, self._overlong = balancer, reward, sampling, n, overlong
         self.drawn = 0
         self._unanswered: list[Prompt] = []
 
@@ -112,7 +112,8 @@ class Collector:
             done += len(reply.results)
             on_progress(done, len(prompts))
 
-        replies = self._client.generate(requests, count)
+        assert self._balancer is not None, "only rank 0 samples"
+        replies = self._balancer.generate(requests, count)
         return [(result, reply.weight_version) for reply in replies for result in reply.results]
 
     def _group(self, prompt: Prompt, result: messages.GenerateResult, version: int) -> Group:

@@ -10,12 +10,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from flashrl_trainer import assemble
+from flashrl_trainer.balancer import Balancer
 from flashrl_trainer.checkpoint import CheckpointStore, export
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
 from flashrl_trainer.exporter import open_mirrors
+from flashrl_trainer.fleet import Fleet
+from flashrl_trainer.fleet_start import open_fleet
 from flashrl_trainer.interrupt import Interrupt, ignore_signals
 from flashrl_trainer.metrics import MetricsWriter
-from flashrl_trainer.rollout_client import RolloutClient
 from flashrl_trainer.run_folder import choose_folder
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.settings import TrainerConfig
@@ -34,23 +36,21 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
         ranks, interrupt = _start(config, stack)
         folder, resuming = ranks.on_main(lambda: choose_folder(config.run, stem, resume, datetime.now()))
         inputs = assemble.read_inputs(config, say if ranks.is_main else lambda _: None)
-        client = assemble.make_client(config)
-        stack.callback(client.close)
-        ranks.on_main(lambda: wait_for(client, config, interrupt))
-        policy = assemble.make_policy(config, ranks)
         run_id = folder.name[:64]
-        sync = assemble.make_sync(config, client, ranks, run_id, interrupt)
-        if ranks.is_main:
-            stack.callback(client.release, run_id)
+        fleet = _open_fleet(config, ranks, run_id, interrupt)
         writer = stack.enter_context(MetricsWriter(folder, config, active=ranks.is_main, open_mirror=open_mirrors))
-        loop, updater, store = assemble.make_loop(
-            config, ranks, inputs, policy, sync, client, writer, interrupt, folder
-        )
+        if fleet is not None:
+            stack.callback(fleet.close, run_id)
+        policy = assemble.make_policy(config, ranks)
+        sync = assemble.make_sync(config, fleet, ranks, run_id, interrupt)
+        loop, updater, store = assemble.make_loop(config, ranks, inputs, policy, sync, fleet, writer, interrupt, folder)
         version = 0
         if resuming:
             version = loop.load_state_dict(store.load(_latest(store, folder), policy, updater.optimizer))
         sync.connect(policy, assemble.identity(config, inputs.tokenizer, policy), version, fresh=not resuming)
         writer.begin(loop.step)
+        if fleet is not None:
+            fleet.note = writer.note
         loop.run()
         if config.checkpoint.export:
             export(policy, inputs.tokenizer, folder / "export", ranks)
@@ -72,7 +72,8 @@ def _start(config: TrainerConfig, stack: ExitStack) -> tuple[Ranks, Interrupt]:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     # a rank waits for rank 0's sampling in a collective, so the limit must be longer than a request's
-    ranks = start_ranks(config.model.device, timeout_s=4 * config.rollout.request_timeout_s)
+    limit_s = 4 * config.rollout.request_timeout_s
+    ranks = start_ranks(config.model.device, limit_s, config.model.hsdp_replicas)
     stack.callback(stop_ranks)
     interrupt = Interrupt()
     if ranks.is_main:
@@ -82,19 +83,11 @@ def _start(config: TrainerConfig, stack: ExitStack) -> tuple[Ranks, Interrupt]:
     return ranks, interrupt
 
 
-def wait_for(client: RolloutClient, config: TrainerConfig, interrupt: Interrupt) -> bool:
-    """Return once the service is ready; says every ten seconds what it waits for."""
-    waited = 0
-
-    def on_wait(state: str) -> None:
-        nonlocal waited
-        if waited % 10 == 0:
-            say(f"waiting for the rollout service at {client.url}: {state}")
-        waited += 1
-
-    with interrupt.anywhere():
-        client.wait_ready(config.rollout.connect_deadline_s, on_wait)
-    return True
+def _open_fleet(config: TrainerConfig, ranks: Ranks, run_id: str, interrupt: Interrupt) -> Fleet | None:
+    """The replicas, on rank 0; a failure is raised everywhere."""
+    opened: list[Fleet] = []
+    ranks.on_main(lambda: opened.append(open_fleet(config, run_id, interrupt, say)))
+    return opened[0] if opened else None
 
 
 def evaluate(config: TrainerConfig, checkpoint: Path | None) -> None:
@@ -102,14 +95,10 @@ def evaluate(config: TrainerConfig, checkpoint: Path | None) -> None:
     if not config.data.eval:
         raise ValueError("data.eval: needed for an evaluation")
     inputs = assemble.read_inputs(_with(config, "eval", every=max(1, config.eval.every)), say)
-    client = assemble.make_client(config)
-    interrupt = Interrupt()
-    wait_for(client, config, interrupt)
-    info = client.weights()
+    fleet = open_fleet(config, "eval", Interrupt(), say)
     if checkpoint is not None:
-        reply = client.load_checkpoint(str(checkpoint.resolve()), info.version + 1, config.sync.transfer_deadline_s)
-        say(f"{checkpoint} is version {reply.version} now, digest {reply.digest}")
-    scores = assemble.make_collector(config, client, inputs.reward).evaluate(
+        _load_checkpoint(fleet, checkpoint, config.sync.transfer_deadline_s)
+    scores = assemble.make_collector(config, assemble.make_balancer(config, fleet), inputs.reward).evaluate(
         inputs.eval_prompts,
         n=config.eval.samples_per_problem,
         greedy=config.eval.greedy,
@@ -118,7 +107,15 @@ def evaluate(config: TrainerConfig, checkpoint: Path | None) -> None:
         on_progress=lambda done, total: None,
     )
     greedy = "" if scores.greedy is None else f", greedy {scores.greedy:.1%}"
+    fleet.close("eval")
     print(f"{len(inputs.eval_prompts)} problems: sampled {scores.accuracy:.1%} ({scores.num_samples} samples){greedy}")
+
+
+def _load_checkpoint(fleet: Fleet, checkpoint: Path, timeout_s: float) -> None:
+    for replica in fleet.replicas:
+        version = replica.client.weights().version + 1
+        reply = replica.client.load_checkpoint(str(checkpoint.resolve()), version, timeout_s)
+        say(f"{checkpoint} is version {reply.version} at {replica.url} now, digest {reply.digest}")
 
 
 CHECK_PROMPTS = 16
@@ -131,30 +128,31 @@ def check_sync(config: TrainerConfig) -> None:
     with ExitStack() as stack:
         ranks, interrupt = _start(config, stack)
         inputs = assemble.read_inputs(_with(config, "eval", every=0), say)
-        client = assemble.make_client(config)
-        stack.callback(client.close)
-        wait_for(client, config, interrupt)
+        fleet = open_fleet(config, "check-sync", interrupt, say)
+        stack.callback(fleet.close, "check-sync")
         policy = assemble.make_policy(config, ranks)
-        sync = assemble.make_sync(config, client, ranks, "check-sync", interrupt)
-        stack.callback(client.release, "check-sync")
+        sync = assemble.make_sync(config, fleet, ranks, "check-sync", interrupt)
         sync.connect(policy, assemble.identity(config, inputs.tokenizer, policy), 0, fresh=False)
         prompts = inputs.prompts.next(CHECK_PROMPTS)
-        collector = assemble.make_collector(config, client, inputs.reward)
-        before, version, digest = greedy_tokens(client, prompts, config), sync.version, sync.digest
+        balancer = assemble.make_balancer(config, fleet)
+        collector = assemble.make_collector(config, balancer, inputs.reward)
+        before, version, digest = greedy_tokens(balancer, prompts, config), sync.version, sync.digest
         updater = Updater(policy, ranks, config.algorithm, config.optim)
         for step in range(1, CHECK_UPDATES + 1):
             groups = collector.sample(prompts, sync.version, lambda done, total: None)
-            metrics = updater.step(groups, step).metrics(ranks) | sync.push(policy)
-        after = greedy_tokens(client, prompts, config)
-        info = client.weights()
-    if info.version != version + CHECK_UPDATES:
-        raise ValueError(f"check-sync: version is {info.version}, expected {version + CHECK_UPDATES}")
-    if info.digest != digest:
-        raise ValueError(f"check-sync: digest moved at lr = 0 from {digest} to {info.digest}")
+            metrics = updater.step(groups, step, sync.version).metrics(ranks) | sync.push(policy)
+        after = greedy_tokens(balancer, prompts, config)
+        infos = {replica.url: replica.client.weights() for replica in fleet.replicas}
+    for url, info in infos.items():
+        if info.version != version + CHECK_UPDATES:
+            raise ValueError(f"check-sync: version at {url} is {info.version}, expected {version + CHECK_UPDATES}")
+        if info.digest != digest:
+            raise ValueError(f"check-sync: digest at {url} moved at lr = 0 from {digest} to {info.digest}")
     if before != after:
         raise ValueError("check-sync: greedy output moved at lr = 0")
     print(
-        f"version {version} -> {info.version}, digest {digest} and greedy output of {CHECK_PROMPTS} prompts unchanged"
+        f"version {version} -> {version + CHECK_UPDATES}, digest {digest} and greedy output of {CHECK_PROMPTS} prompts "
+        "unchanged"
     )
     print(
         "mismatch at lr = 0: "
@@ -165,10 +163,10 @@ def check_sync(config: TrainerConfig) -> None:
     )
 
 
-def greedy_tokens(client: RolloutClient, prompts: Sequence[Prompt], config: TrainerConfig) -> list[list[int]]:
+def greedy_tokens(balancer: Balancer, prompts: Sequence[Prompt], config: TrainerConfig) -> list[list[int]]:
     """Greedy token ids, all prompts in one batch."""
     settings = Sampling(temperature=0.0, max_tokens=min(64, config.sampling.max_tokens))
-    reply = client.generate([GenerateRequest(prompts=[prompt.prompt for prompt in prompts], sampling=settings)])[0]
+    reply = balancer.generate([GenerateRequest(prompts=[prompt.prompt for prompt in prompts], sampling=settings)])[0]
     return [result.completions[0].token_ids for result in reply.results]
 
 

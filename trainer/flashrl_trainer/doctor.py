@@ -12,7 +12,10 @@ import torch
 from rich.console import Console
 
 from flashrl_trainer import assemble
-from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
+from flashrl_trainer.discovery import finder
+from flashrl_trainer.fleet_start import replica_maker
+from flashrl_trainer.replica import Replica
+from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_trainer.settings import TrainerConfig
 from flashrl_wire.errors import WireError
 
@@ -89,21 +92,33 @@ def _data(config: TrainerConfig) -> str:
 
 
 def _service(config: TrainerConfig) -> str:
-    client = assemble.make_client(config)
-    client.wait_ready(5.0, lambda state: None)
-    info = client.weights()
-    if info.quantization != config.rollout.quantization:
-        raise MissingError(
-            f"the service runs {info.quantization}, rollout.quantization is {config.rollout.quantization}"
-        )
-    return f"{client.url} serves {info.model} as {info.quantization}, version {info.version}"
+    found = []
+    for replica in _replicas(config):
+        replica.client.wait_ready(5.0, lambda state: None)
+        info = replica.client.weights()
+        if info.quantization != config.rollout.quantization:
+            raise MissingError(
+                f"the service at {replica.url} runs {info.quantization}, rollout.quantization is "
+                f"{config.rollout.quantization}"
+            )
+        found.append(f"{replica.url} serves {info.model} as {info.quantization}, version {info.version}")
+    return "; ".join(found)
 
 
 def _weights_port(config: TrainerConfig) -> str:
-    client = RolloutClient(config.rollout.urls[0], assemble.read_token(config), request_timeout_s=5.0, retry_s=0.0)
-    host, port = urlsplit(client.url).hostname, client.weights().weights_port
-    with socket.create_connection((host, port), timeout=5.0):
-        return f"{host}:{port} accepts connections"
+    found = []
+    for replica in _replicas(config):
+        host, port = urlsplit(replica.url).hostname, replica.client.weights().weights_port
+        with socket.create_connection((host, port), timeout=5.0):
+            found.append(f"{host}:{port}")
+    return f"{', '.join(found)} accepts connections"
+
+
+def _replicas(config: TrainerConfig) -> list[Replica]:
+    urls = finder(config.rollout)()
+    if not urls:
+        raise MissingError(f"rollout.discover: {config.rollout.discover} has no address")
+    return [replica_maker(config, "doctor")(url) for url in urls]
 
 
 CHECKS: dict[str, Check] = {

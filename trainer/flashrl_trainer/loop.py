@@ -11,20 +11,22 @@ from typing import Any, Protocol, TypeVar
 from flashrl_trainer.checkpoint import CheckpointStore
 from flashrl_trainer.collect import Collector, EvalScores, Progress
 from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.fleet import NeedsSnapshotError
 from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.model import Policy
+from flashrl_trainer.optimizer import SkippedStepsError
 from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.sampling import DynamicSampling, NoMixedGroupsError, SampledStep
 from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import WeightSync
-from flashrl_wire.errors import NotReadyError, VersionNotReachedError, WireError
+from flashrl_wire.errors import WireError
 
 Row = dict[str, float | None]
 T = TypeVar("T")
 
-STOPS = (KeyboardInterrupt, ServiceUnreachableError, WireError, NoMixedGroupsError)
+STOPS = (KeyboardInterrupt, ServiceUnreachableError, WireError, NoMixedGroupsError, SkippedStepsError)
 """What ends a run between two movements of the weights, so that it can be gone on with."""
 
 MAX_REPAIRS = 3  # for one request: a service that loses its weights again and again is broken
@@ -125,6 +127,7 @@ class Loop:
                 row |= self._evaluate()
         finally:  # the weights have moved, so the step is recorded whatever happens to its evaluation
             self._record(row)
+        self._p.updater.check()
         self._finished = is_last or self._good_enough(row)
         if self._finished or (self._p.config.checkpoint.every and self.step % self._p.config.checkpoint.every == 0):
             self._save("saved")
@@ -134,9 +137,8 @@ class Loop:
         start = time.monotonic()
         sampled = self._collect()
         collected = time.monotonic()
-        totals = self._p.updater.step(sampled.groups, step)
+        totals = self._p.updater.step(sampled.groups, step, self._p.sync.version)
         metrics = totals.metrics(self._p.ranks)
-        updated = time.monotonic()
         self.step = step
         synced, stop = self._publish()
         row: Row = {
@@ -145,7 +147,6 @@ class Loop:
             **synced,
             "lr": self._p.updater.learning_rate(step),
             "perf/rollout_tokens_per_s": sampled.counts.response_tokens / (collected - start),
-            "perf/train_tokens_per_s": totals.tokens * self._p.ranks.world_size / (updated - collected),
             "perf/step_seconds": time.monotonic() - start,
         }
         if self._p.ranks.is_main:
@@ -164,7 +165,7 @@ class Loop:
         return sampled
 
     def _fill(self) -> SampledStep:
-        progress = self._p.recorder.phase("sampling")
+        progress = self._phase("sampling")
         return self._p.collector.fill(self._p.sampling, self._p.prompts.next, self._p.sync.version, progress)
 
     def _ask(self, sample: Callable[[], T]) -> T:
@@ -182,17 +183,15 @@ class Loop:
         try:
             with self._p.interrupt.anywhere():
                 return (sample(),)
-        except (VersionNotReachedError, NotReadyError) as error:
-            # not reached: it was restarted and has its first weights again
-            is_lost = isinstance(error, VersionNotReachedError) or error.facts.get("poisoned")
-            if not is_lost or not may_repair:
+        except NeedsSnapshotError:
+            if not may_repair:
                 raise
         self._p.recorder.note("the service lost its weights; sending them again")
         return None
 
     def _publish(self) -> tuple[dict[str, float], BaseException | None]:
         """`sync/*` metrics, or what stopped it: the service has kept its weights then."""
-        progress = self._p.recorder.phase("publishing") if self._p.ranks.is_main else None
+        progress = self._phase("publishing") if self._p.ranks.is_main else None
         sent = 0
 
         def count(num_bytes: int) -> None:
@@ -225,8 +224,18 @@ class Loop:
             greedy=settings.greedy,
             max_tokens=settings.max_tokens or self._p.config.sampling.max_tokens,
             version=self._p.sync.version,
-            on_progress=self._p.recorder.phase("evaluating"),
+            on_progress=self._phase("evaluating"),
         )
+
+    def _phase(self, name: str) -> Progress:
+        """Shows that rank 0 gets on, to the person who watches and to the ranks that wait."""
+        show = self._p.recorder.phase(name)
+
+        def progress(done: int, total: int) -> None:
+            self._p.ranks.beat()
+            show(done, total)
+
+        return progress
 
     def _record(self, row: Row) -> None:
         if self._p.ranks.is_main:

@@ -3,6 +3,7 @@
 The only ZeroMQ user of the trainer. Knows nothing of how an update was computed.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 import zmq
 import zmq.auth
 
-from flashrl_trainer.baseline import Baseline, EncodedUpdate
+from flashrl_trainer.outgoing import Held, Outgoing
 from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
 from flashrl_wire import frames
 from flashrl_wire.errors import ERRORS, UpdateInProgressError, WireError
@@ -42,6 +43,10 @@ class Sent:
     seconds: float
 
 
+class StoppedError(Exception):
+    """Sending was given up because this side asked for it."""
+
+
 class Publisher:
     """Pushes updates into one replica. `run_id` names this trainer to the service."""
 
@@ -50,26 +55,21 @@ class Publisher:
         self._client, self._deadline_s, self._keys = client, deadline_s, keys
 
     def publish(
-        self, update: EncodedUpdate, baseline: Baseline, version: int, on_bytes: Callable[[int], None] = lambda _: None
+        self,
+        update: Outgoing,
+        on_bytes: Callable[[int], None] = lambda _: None,
+        stop: threading.Event | None = None,
     ) -> Sent:
-        """Make `update` the service's `version`; WireError or ServiceUnreachableError: it is what it was."""
+        """Make `update` what the service holds.
+
+        WireError, ServiceUnreachableError, StoppedError (`stop` was set): it holds what it held.
+        """
         start = time.monotonic()
         info = self._client.weights()
-        manifest = Manifest(
-            kind="delta" if update.kind == "delta" else "snapshot",
-            run_id=self.run_id,
-            base_version=info.version,
-            base_digest=baseline.digest() if update.kind == "delta" else info.digest,
-            version=version,
-            digest=baseline.digest(update.digests),
-            layout_hash=baseline.layout.hash,
-            changed_elements=update.changed_elements,
-            segments=update.segments,
-            chunks=update.chunks,
-        )
+        manifest = update.manifest(self.run_id, Held(info.version, info.digest))
         accepted = self._begin(manifest)
         try:
-            self._stream(accepted, update.payloads, on_bytes)
+            self._stream(accepted, update.payloads, on_bytes, stop or threading.Event())
             reply = self._commit(accepted, manifest)
         except BaseException:  # Ctrl-C too: the service must not wait for us
             self._abort(accepted)
@@ -109,13 +109,19 @@ class Publisher:
         except (WireError, ServiceUnreachableError):
             return  # the service drops the transfer itself at its deadline
 
-    def _stream(self, accepted: TransferAccepted, payloads: list[bytes], on_bytes: Callable[[int], None]) -> None:
+    def _stream(
+        self,
+        accepted: TransferAccepted,
+        payloads: list[bytes],
+        on_bytes: Callable[[int], None],
+        stop: threading.Event,
+    ) -> None:
         host = urlsplit(self._client.url).hostname
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         try:
             self._configure(socket)
             socket.connect(f"tcp://{host}:{accepted.weights_port}")
-            _Stream(socket, accepted.transfer_id, payloads, self._deadline_s, on_bytes).run()
+            _Stream(socket, accepted.transfer_id, payloads, self._deadline_s, on_bytes).run(stop)
         finally:
             socket.close(linger=0)
 
@@ -147,11 +153,11 @@ class _Stream:
         self._credit = 0
         self._acknowledged: set[int] = set()
 
-    def run(self) -> None:
+    def run(self, stop: threading.Event) -> None:
         """Send until all is staged; WireError if the service refuses, ServiceUnreachableError if it is silent."""
         got_on = last_hello = time.monotonic()
         self._socket.send(frames.pack(Hello(self._id)))
-        while True:
+        while not stop.is_set():
             if self._socket.poll(200):
                 frame = frames.unpack(self._socket.recv())
                 if self._take(frame):
@@ -164,6 +170,7 @@ class _Stream:
             if now - max(got_on, last_hello) > _HELLO_EVERY_S:
                 self._socket.send(frames.pack(Hello(self._id)))
                 last_hello = now
+        raise StoppedError(f"transfer {self._id} was given up")
 
     def _take(self, frame: frames.Frame) -> bool:
         match frame:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from tenacity import RetryCallState, retry_if_exception, wait_exponential
+from tenacity import RetryCallState, retry_if_exception, retry_if_exception_type, wait_exponential
 
 from flashrl_wire.errors import NotReadyError, QueueFullError, UpdateInProgressError, WireError
 
@@ -19,6 +19,11 @@ def policy(retry_s: float) -> dict[str, Any]:
         "wait": _wait,
         "reraise": True,
     }
+
+
+def while_full(retry_s: float) -> dict[str, Any]:
+    """The same for /generate: only a full queue is waited for; for anything else another replica may be better."""
+    return policy(retry_s) | {"retry": retry_if_exception_type(QueueFullError)}
 
 
 def _stop_after_failing_for(limit_s: float) -> Callable[[RetryCallState], bool]:

@@ -3,9 +3,8 @@
 Knows the routes; knows nothing of rewards, weights' values, ZeroMQ or when to try again (`retries`).
 """
 
-import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -28,7 +27,6 @@ from flashrl_wire.messages import (
 )
 
 CONTROL_TIMEOUT_S = 30.0
-MAX_CONCURRENT_REQUESTS = 64
 _LAYOUT = TypeAdapter(list[TensorSpec])
 T = TypeVar("T")
 
@@ -38,7 +36,7 @@ class ServiceUnreachableError(RuntimeError):
 
 
 class RolloutClient:
-    """One replica. Blocking calls, safe to repeat; `generate` runs many requests at a time."""
+    """One replica. Blocking calls, safe to repeat and from any thread; `generate` is for an event loop."""
 
     def __init__(self, url: str, token: str | None, *, request_timeout_s: float, retry_s: float = 60.0) -> None:
         self.url = url.rstrip("/")
@@ -62,7 +60,7 @@ class RolloutClient:
         """
         end = time.monotonic() + deadline_s
         while True:
-            state = self._ready_state()
+            state = self.ready_state()
             if state is None:
                 return
             if time.monotonic() >= end:
@@ -72,7 +70,8 @@ class RolloutClient:
             on_wait(state)
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
-    def _ready_state(self) -> str | None:
+    def ready_state(self) -> str | None:
+        """What the service is waiting for; None: it is ready, or poisoned and ready for a snapshot."""
         try:
             reply = self._http.get("/ready", timeout=5.0)
         except httpx.HTTPError as error:
@@ -114,43 +113,31 @@ class RolloutClient:
         body = LoadCheckpoint(kind="checkpoint", path=path, version=version).model_dump_json()
         return self._call(CommitReply.model_validate, "POST", "/load_weights", content=body, timeout=timeout_s)
 
-    def generate(
-        self, requests: Sequence[GenerateRequest], on_done: Callable[[GenerateResponse], None] = lambda _: None
-    ) -> list[GenerateResponse]:
-        """Replies in the order of `requests`, sent concurrently; `on_done` is called as each arrives."""
-        try:
-            return asyncio.run(self._generate(requests, on_done))
-        except ExceptionGroup as group:  # the requests fail for one reason; the first says it
-            raise group.exceptions[0] from None
-
-    async def _generate(
-        self, requests: Sequence[GenerateRequest], on_done: Callable[[GenerateResponse], None]
-    ) -> list[GenerateResponse]:
-        slots = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
-        timeout = httpx.Timeout(self._request_timeout_s, connect=10.0)
-        limits = httpx.Limits(max_connections=MAX_CONCURRENT_REQUESTS)
-        async with (
-            httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=timeout, limits=limits) as http,
-            asyncio.TaskGroup() as group,
-        ):
-
-            async def one(request: GenerateRequest) -> GenerateResponse:
-                async with slots:
-                    reply = await self._post_generate(http, request)
-                on_done(reply)
-                return reply
-
-            tasks = [group.create_task(one(request)) for request in requests]
-        return [task.result() for task in tasks]
-
-    async def _post_generate(self, http: httpx.AsyncClient, request: GenerateRequest) -> GenerateResponse:
+    async def generate(self, http: httpx.AsyncClient, request: GenerateRequest) -> GenerateResponse:
+        """One request over `http`, which `session` makes; a full queue is waited for, for as long as it stays full."""
         body = request.model_dump_json()
 
         async def attempt() -> GenerateResponse:
             return GenerateResponse.model_validate(_checked(await http.post("/generate", content=body)))
 
         with self._naming_failures():
-            return await AsyncRetrying(**retries.policy(self._retry_s))(attempt)
+            return await AsyncRetrying(**retries.while_full(self._retry_s))(attempt)
+
+    def session(self, max_connections: int) -> httpx.AsyncClient:
+        """Connections for `generate`, for one event loop."""
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=httpx.Timeout(self._request_timeout_s, connect=10.0),
+            limits=httpx.Limits(max_connections=max_connections),
+        )
+
+    def is_alive(self, timeout_s: float) -> bool:
+        """Whether anything answers `/health` in time."""
+        try:
+            return self._http.get("/health", timeout=timeout_s).is_success
+        except httpx.HTTPError:
+            return False
 
     def _call(
         self, parse: Callable[[Any], T], method: str, path: str, *, retry_s: float | None = None, **options: Any

@@ -4,6 +4,7 @@ It does not know where values come from (files, environment, flags): `config` re
 """
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -31,6 +32,12 @@ def _checked_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
     return urls
 
 
+def _checked_discover(url: str) -> str:
+    if url and not (url.startswith("http://") and urlsplit(url).hostname):
+        raise ValueError(f"must be http://NAME:PORT (addresses have no certificates), got {url!r}")
+    return url.rstrip("/")
+
+
 class Section(BaseModel):
     """Unknown keys, strings where numbers belong, NaN and infinity are refused in every section."""
 
@@ -55,7 +62,9 @@ class RunSettings(Section):
         0, ge=0, description="Weight versions that must be out before `stop_accuracy` counts"
     )
     threads: int = Field(0, ge=0, description="torch CPU threads; 0: torch's default")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus can read the last row at /metrics here; 0: off")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Prometheus can read the last row at /metrics here; 0: off"
+    )
     metrics_host: str = Field("127.0.0.1", min_length=1, description="Address of `metrics_port`")
 
 
@@ -67,6 +76,10 @@ class ModelSettings(Section):
         "bfloat16", description="Forward and backward; master weights and optimizer state are float32 always"
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more work")
+    compile: bool = Field(False, description="Compile each block with torch.compile: minutes at the start, on a GPU")
+    hsdp_replicas: int = Field(
+        1, ge=1, description="Copies of the model, each sharded over an equal part of the ranks; 1: over all of them"
+    )
     logprob_chunk_tokens: int = Field(1024, ge=1, description="Rows of the logits that exist at once in float32")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when there is one")
 
@@ -102,11 +115,18 @@ class RolloutSettings(Section):
     urls: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValidator(_checked_urls)] = Field(
         ("http://127.0.0.1:8000",), description="One URL a replica; commas between them in a variable"
     )
+    discover: Annotated[str, AfterValidator(_checked_discover)] = Field(
+        "", description="http://NAME:PORT, instead of `urls`: a replica at each address of NAME, looked up all the time"
+    )
     token_file: str = Field("", description="File with the API token; FLASHRL_TOKEN goes before it")
     keys_dir: str = Field("", description="Folder with CURVE keys for the weights; empty: loopback only")
     quantization: Literal["int8", "fp8", "none"] = Field("int8", description="What the service was started with")
     request_timeout_s: float = Field(600.0, gt=0, description="Limit for one /generate request")
-    connect_deadline_s: float = Field(300.0, gt=0, description="How long to wait at start for the replicas")
+    connect_deadline_s: float = Field(
+        300.0,
+        gt=0,
+        description="How long to wait for the replicas at the start, and later while none of them is in use",
+    )
 
 
 class SamplingSettings(Section):
@@ -145,6 +165,10 @@ class AlgorithmSettings(Section):
     correction: Literal["token", "sequence", "geometric", "icepop", "none"] = Field(
         "token", description="Importance correction between sampler and trainer; token: truncated importance sampling"
     )
+    proximal: Literal["trainer", "rollout"] = Field(
+        "trainer",
+        description="Whose log-probs the ratio is clipped around; rollout: where a step makes one update only",
+    )
     tis_cap: float = Field(2.0, ge=1, description="Cap of the importance weight; 8 for long reasoning")
     mask_low: float = Field(0.5, gt=0, le=1, description="Ratios below are masked (geometric, icepop)")
     mask_high: float = Field(2.0, ge=1, description="Ratios above are masked (geometric, icepop)")
@@ -161,6 +185,11 @@ class AlgorithmSettings(Section):
     def _check(self) -> "AlgorithmSettings":
         if self.mask_low >= self.mask_high:
             raise ValueError(f"algorithm.mask_low: must be below mask_high = {self.mask_high}, got {self.mask_low}")
+        if self.proximal == "rollout" and self.correction not in ("geometric", "none"):
+            raise ValueError(
+                "algorithm.proximal: rollout puts the mismatch into the clipped ratio, where a weight would count it "
+                f"twice: algorithm.correction must be none or geometric, got {self.correction}"
+            )
         return self
 
 
@@ -172,6 +201,9 @@ class OptimSettings(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the variance")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm")
+    max_skipped_steps: int = Field(
+        3, ge=1, description="Optimizer steps in a row without a finite loss and gradient, after which a run stops"
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly")
     mini_batch_prompts: int = Field(256, ge=1, description="Groups in one optimizer step")
     max_tokens_per_micro_batch: int = Field(16384, ge=1, description="Packed tokens in one forward, on each rank")
@@ -181,7 +213,17 @@ class SyncSettings(Section):
     """Weight updates."""
 
     chunk_mib: int = Field(2, ge=1, le=4, description="Size of a chunk on the wire")
-    transfer_deadline_s: float = Field(120.0, gt=0, description="A replica that needs longer is fenced")
+    transfer_deadline_s: float = Field(
+        120.0, gt=0, description="A transfer that does not get on, or a commit that takes, so long has failed"
+    )
+    straggler_s: float = Field(
+        10.0,
+        gt=0,
+        description="How long after the first replica the others may commit; a later one catches up by itself",
+    )
+    ring_mib: int = Field(
+        256, ge=0, description="Deltas kept for replicas that missed some, encoded; beyond, they get a snapshot"
+    )
 
 
 class EvalSettings(Section):
@@ -225,6 +267,12 @@ class TrainerConfig(Section):
         if mini_batch > prompts:
             raise ValueError(
                 f"optim.mini_batch_prompts: must be <= sampling.prompts_per_step = {prompts}, got {mini_batch}"
+            )
+        if self.algorithm.proximal == "rollout" and (mini_batch < prompts or self.algorithm.update_epochs > 1):
+            raise ValueError(
+                "algorithm.proximal: rollout needs steps of one update: optim.mini_batch_prompts = "
+                f"sampling.prompts_per_step = {prompts} and algorithm.update_epochs = 1, got {mini_batch} and "
+                f"{self.algorithm.update_epochs}"
             )
         longest, budget = self.data.max_prompt_tokens + response, self.optim.max_tokens_per_micro_batch
         if longest > budget:

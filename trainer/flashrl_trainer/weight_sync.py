@@ -1,26 +1,23 @@
-"""Keeps the service's weights equal to the policy's: handshake at the start, an update a step, repair after a fault.
+"""Keeps the replicas' weights equal to the policy's: handshake at the start, an update a step, repair after a fault.
 
 Runs on every rank; only rank 0 talks. Knows nothing of how samples are used.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from flashrl_trainer.baseline import Baseline, EncodedUpdate
+from flashrl_trainer.baseline import Baseline
+from flashrl_trainer.delta_ring import DeltaRing
 from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.fleet import Fleet, NeedsSnapshotError
 from flashrl_trainer.model import Policy
-from flashrl_trainer.publisher import Publisher, Sent
-from flashrl_trainer.rollout_client import RolloutClient, ServiceUnreachableError
+from flashrl_trainer.outgoing import Held, Outgoing, outgoing
+from flashrl_trainer.publisher import Sent
+from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_wire import handshake
-from flashrl_wire.errors import (
-    DrainTimeoutError,
-    NotReadyError,
-    StaleBaseError,
-    UnknownTransferError,
-    UpdateInProgressError,
-)
+from flashrl_wire.errors import UpdateInProgressError
 from flashrl_wire.layout import TensorSpec, WeightLayout, difference
 from flashrl_wire.messages import WeightsInfo
 
@@ -39,24 +36,30 @@ class Identity:
 
 
 class WeightSync:
-    """One policy, one replica. `version` is the service's weight version that holds the policy as last pushed."""
+    """One policy and its replicas. `version` is the weight version that is the policy as last pushed."""
 
     def __init__(
         self,
-        client: RolloutClient,
-        publisher: Publisher,
+        fleet: Fleet | None,
+        run_id: str,
         ranks: Ranks,
         *,
         block_bytes: int,
-        deadline_s: float,
+        ring_bytes: int,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._client, self._publisher, self._ranks = client, publisher, ranks
-        self._block_bytes, self._deadline_s = block_bytes, deadline_s
+        """`fleet` is there on rank 0 only, where alone it is used."""
+        self._main_fleet, self._run_id, self._ranks = fleet, run_id, ranks
+        self._block_bytes, self._ring_bytes = block_bytes, ring_bytes
         self._interruptible = interruptible
         self._baseline: Baseline | None = None
         self.version = 0
         self.snapshots = 0
+
+    @property
+    def _fleet(self) -> Fleet:
+        assert self._main_fleet is not None
+        return self._main_fleet
 
     @property
     def digest(self) -> str:
@@ -65,103 +68,147 @@ class WeightSync:
         return self._baseline.digest()
 
     def connect(self, policy: Policy, identity: Identity, version: int, *, fresh: bool) -> None:
-        """Handshake, then bring the service to the policy's weights.
+        """Handshake with every replica that is ready, then bring all of them to the policy's weights.
 
         `version` is the trainer's last one (0 for a new run). A service at version 0 with other weights than a `fresh`
         run's is a HandshakeError: both loaded something, and not the same thing. UpdateInProgressError where another
         run holds the service.
         """
-        info, layout = self._ranks.on_main(lambda: self._handshake(policy, identity))
-        self._baseline = Baseline(layout, self._ranks, self._block_bytes)
-        self._baseline.capture(policy)
-        is_same = info.digest == self._baseline.digest()
-        if is_same and info.version >= version and not info.poisoned:
-            self.version = info.version
-            return
-        if fresh and info.version == 0 and not is_same:
-            raise HandshakeError(
-                f"weights: digest {self._baseline.digest()} here, {info.digest} there: the service at "
-                f"{self._client.url} was started from another checkpoint ({info.model})"
-            )
+        infos, layout = self._ranks.on_main(lambda: self._handshake(policy, identity))
+        baseline = self._baseline = Baseline(layout, self._ranks, self._block_bytes)
+        baseline.capture(policy)
+        if fresh:
+            self._require_same_start(infos)
+        same = [info.version for info in infos.values() if info.digest == baseline.digest() and not info.poisoned]
+        served = max(same, default=-1)
         # a resumed run keeps its numbers: under others its surplus samples would be older than they are
-        self._send(self._baseline.snapshot(policy), version or info.version + 1)
+        newest = max(info.version for info in infos.values())
+        self.version = served if served >= version else version or newest + 1
+        self._ranks.on_main(lambda: self._begin(infos, identity))
+        if served < version:
+            self.repair(policy)
+        else:
+            self._help(policy)
+
+    def _require_same_start(self, infos: Mapping[str, WeightsInfo]) -> None:
+        for url, info in infos.items():
+            if info.version == 0 and info.digest != self.digest:
+                raise HandshakeError(
+                    f"weights: digest {self.digest} here, {info.digest} there: the service at "
+                    f"{url} was started from another checkpoint ({info.model})"
+                )
 
     def push(self, policy: Policy, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, float]:
         """Publish the policy's changes as the next version; `sync/*` metrics."""
         assert self._baseline is not None
         start = time.monotonic()
-        version = self.version + 1
-        sent = self._send(self._baseline.delta(policy), version, on_bytes)
-        if sent is None:  # the service holds another base: it was restarted, or somebody else wrote to it
-            sent = self._send(self._baseline.snapshot(policy), version, on_bytes)
+        update = self._baseline.delta(policy)
+        delta = outgoing(update, self._baseline, self.version, self.version + 1)
+        sent = self._send(delta, on_bytes)
+        if sent is None:  # nobody holds the base: they were restarted, or somebody else wrote to them
+            update = self._baseline.snapshot(policy)
+            sent = self._send(outgoing(update, self._baseline, self.version, self.version + 1), on_bytes)
             assert sent is not None
+            if self._ranks.is_main:
+                self._fleet.remember(delta)
+            self.snapshots += 1
+        self._baseline.advance(update)
+        self.version += 1
+        self._help(policy)
         layout = self._baseline.layout
         return {
-            "sync/kind": float(sent.kind == "snapshot"),
-            "sync/wire_bytes": sent.wire_bytes,
+            "sync/kind": float(sent[0].kind == "snapshot"),
+            "sync/wire_bytes": sent[0].wire_bytes,
             "sync/full_bytes": layout.num_bytes,
-            "sync/changed_fraction": sent.reply.changed_elements / sum(part.numel for part in layout.parts()),
+            "sync/changed_fraction": sent[0].reply.changed_elements / sum(part.numel for part in layout.parts()),
             "sync/seconds": time.monotonic() - start,
-            "sync/pause_ms": sent.reply.pause_ms,
+            "sync/pause_ms": max(one.reply.pause_ms for one in sent),
+            "sync/replicas": len(sent),
         }
 
     def repair(self, policy: Policy) -> None:
-        """Bring a service that lost the policy (it was restarted, or is poisoned) back to it, under the same number."""
+        """Bring replicas that lost the policy (restarted, or poisoned) back to it, under the same number."""
         assert self._baseline is not None
-        self._send(self._baseline.snapshot(policy), max(1, self.version))
+        self.version = max(1, self.version)
+        snapshot = outgoing(self._baseline.snapshot(policy), self._baseline, self.version, self.version)
+        if self._send(snapshot) is None:
+            raise AssertionError("a snapshot needs no base")
+        self.snapshots += 1
 
-    def _send(
-        self, update: EncodedUpdate, version: int, on_bytes: Callable[[int], None] = lambda _: None
-    ) -> Sent | None:
+    def _help(self, policy: Policy) -> None:
+        """Give a snapshot to replicas that deltas cannot bring back, while training goes on."""
         assert self._baseline is not None
-        baseline = self._baseline
+        if self._ranks.on_main(lambda: (self._fleet.wants_snapshot,))[0]:
+            snapshot = outgoing(self._baseline.snapshot(policy), self._baseline, self.version, self.version)
+            if self._ranks.is_main:
+                self._fleet.offer(snapshot)
+            self.snapshots += 1
 
-        def publish() -> tuple[Sent | None]:
+    def _send(self, update: Outgoing, on_bytes: Callable[[int], None] = lambda _: None) -> list[Sent] | None:
+        """How the replicas took it; None: they need a snapshot."""
+
+        def publish() -> tuple[list[Sent] | None]:
             with self._interruptible():
-                return (self._publish(update, baseline, version, on_bytes),)
+                try:
+                    return (self._fleet.push(update, on_bytes),)
+                except NeedsSnapshotError:
+                    if update.base is None:
+                        raise
+                    return (None,)
 
-        sent = self._ranks.on_main(publish)[0]
-        if sent is not None:
-            baseline.advance(update)
-            self.version = sent.reply.version
-            self.snapshots += sent.kind == "snapshot"
-        return sent
+        return self._ranks.on_main(publish)[0]
 
-    def _publish(
-        self, update: EncodedUpdate, baseline: Baseline, version: int, on_bytes: Callable[[int], None]
-    ) -> Sent | None:
-        try:
-            return self._publisher.publish(update, baseline, version, on_bytes)
-        except StaleBaseError:
-            if update.kind == "snapshot":
-                raise
-            return None
-        except (ServiceUnreachableError, NotReadyError, UnknownTransferError, DrainTimeoutError):
-            self._client.wait_ready(self._deadline_s, lambda _: None)  # raises if it does not come back
-            info = self._client.weights()
-            has_base = (info.version, info.digest) == (self.version, baseline.digest()) and not info.poisoned
-            if update.kind == "delta" and not has_base:
-                return None
-            return self._publisher.publish(update, baseline, version, on_bytes)
+    def _begin(self, infos: Mapping[str, WeightsInfo], identity: Identity) -> bool:
+        assert self._baseline is not None
+        layout = self._baseline.layout
+        ring = DeltaRing(layout, self._ring_bytes, self._block_bytes)
+        self._fleet.begin(
+            Held(self.version, self.digest), ring, lambda url, info: self._check(url, info, identity, layout)
+        )
+        for replica in self._fleet.replicas:
+            if (info := infos.get(replica.url)) and not self._fleet.admit(replica, info):
+                self._fleet.fence(replica, f"it holds version {info.version}")
+                self._fleet.want_snapshot(replica)
+        return True
 
-    def _handshake(self, policy: Policy, identity: Identity) -> tuple[WeightsInfo, WeightLayout]:
-        info, theirs = self._client.weights(), self._client.layout()
-        if info.run_id not in (None, self._publisher.run_id):
+    def _handshake(self, policy: Policy, identity: Identity) -> tuple[dict[str, WeightsInfo], WeightLayout]:
+        """The facts of every replica that is there, and the layout that they share."""
+        infos: dict[str, WeightsInfo] = {}
+        layout = WeightLayout(())
+        for replica in self._fleet.replicas:
+            try:
+                info = replica.client.weights()
+            except ServiceUnreachableError as error:
+                self._fleet.fence(replica, str(error), error)
+                continue
+            if info.layout_hash != layout.hash:  # a second one differs from the first: say in which tensor
+                layout = replica.client.layout()
+                if problem := difference(_own_layout(policy, layout), layout):
+                    raise HandshakeError(f"trainer and service at {replica.url} differ: {problem}")
+            self._check(replica.url, info, identity, layout)
+            infos[replica.url] = info
+        if not infos:
+            raise ServiceUnreachableError(self._fleet.describe())
+        if len({info.layout_hash for info in infos.values()}) > 1:
+            raise HandshakeError(f"the replicas differ in which layers they quantize: {', '.join(infos)}")
+        return infos, layout
+
+    def _check(self, url: str, info: WeightsInfo, identity: Identity, layout: WeightLayout) -> None:
+        if info.run_id not in (None, self._run_id):
             raise UpdateInProgressError(
-                f"the service at {self._client.url} follows run {info.run_id}; wait for its end, or, if it has died, "
-                f"release it: curl -X DELETE {self._client.url}/runs/{info.run_id}"
+                f"the service at {url} follows run {info.run_id}; wait for its end, or, if it has died, "
+                f"release it: curl -X DELETE {url}/runs/{info.run_id}",
+                run_id=info.run_id,
             )
-        ours = _own_layout(policy, theirs)
-        problem = difference(ours, theirs) or handshake.mismatch(
+        problem = handshake.mismatch(
             info,
             quantization=identity.quantization,
             tokenizer=identity.tokenizer_hash,
             vocab_size=identity.vocab_size,
-            layout=ours.hash,
+            layout=layout.hash,
         )
         if problem:
-            raise HandshakeError(f"trainer and service at {self._client.url} differ: {problem}")
-        return info, theirs
+            raise HandshakeError(f"trainer and service at {url} differ: {problem}")
 
 
 def _own_layout(policy: Policy, theirs: WeightLayout) -> WeightLayout:
