@@ -104,8 +104,7 @@ class Baseline:
 
     def _start(self, change: Change) -> int:
         rows, row_elements = _rows(self._parts[change.part])
-        per_rank = -(-rows // self._ranks.world_size)
-        return min(self._ranks.rank * per_rank, rows) * row_elements
+        return self._ranks.first_row(rows) * row_elements
 
     def _stored(self, policy: Policy) -> Iterator[LocalPart]:
         specs = {spec.name: spec for spec in self._layout.tensors}

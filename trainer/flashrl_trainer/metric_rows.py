@@ -23,11 +23,23 @@ METRIC_KEYS = (
     "entropy",
     "clip/low_fraction",
     "clip/high_fraction",
+    "clip/dual_fraction",
     "tis/weight_mean",
+    "tis/weight_max",
+    "tis/ess",
     "tis/capped_fraction",
+    "tis/masked_fraction",
     "mismatch/k3_kl",
     "mismatch/mean_abs_logprob",
     "mismatch/max_ratio",
+    "mismatch/fresh_k3_kl",
+    "mismatch/fresh_mean_abs_logprob",
+    "mismatch/fresh_max_ratio",
+    "mismatch/stale_k3_kl",
+    "mismatch/stale_mean_abs_logprob",
+    "mismatch/stale_max_ratio",
+    "mismatch/stale_fraction",
+    "train/skipped_steps",
     "sampling/groups_kept",
     "sampling/groups_seen",
     "sampling/truncated_fraction",
@@ -40,10 +52,15 @@ METRIC_KEYS = (
     "sync/pause_ms",
     "perf/rollout_tokens_per_s",
     "perf/train_tokens_per_s",
+    "perf/mfu",
+    "perf/peak_memory_gib",
     "perf/step_seconds",
     "staleness/mean",
     "staleness/max",
 )
+
+NULLABLE = ("eval/accuracy", "eval/greedy", "loss", "grad_norm", "perf/mfu")
+"""Null where nothing was evaluated, every update was skipped, or the device's peak is not known."""
 
 Row = dict[str, float | None]
 
@@ -51,10 +68,10 @@ Row = dict[str, float | None]
 def complete_row(row: Mapping[str, float | None]) -> Row:
     """`row` with every key of METRIC_KEYS, in that order; ValueError names a key that is missing or not finite.
 
-    What was not evaluated is null. Step 0 trained nothing, and a step interrupted before its update went out has no
-    `sync/*`: these are 0.
+    What was not evaluated is null, and so may be what else is NULLABLE. Step 0 trained nothing, and a step interrupted
+    before its update went out has no `sync/*`: these are 0.
     """
-    zeros = dict.fromkeys(METRIC_KEYS, 0.0) if row.get("step") == 0 else {}
+    zeros: Row = dict.fromkeys(METRIC_KEYS, 0.0) | {"perf/mfu": None} if row.get("step") == 0 else {}
     if not any(key.startswith("sync/") for key in row):
         zeros |= {key: 0.0 for key in METRIC_KEYS if key.startswith("sync/")}
     given: dict[str, Any] = {**zeros, "eval/accuracy": None, "eval/greedy": None, **row}
@@ -66,7 +83,7 @@ def complete_row(row: Mapping[str, float | None]) -> Row:
 
 
 def _check(key: str, value: object, step: object) -> None:
-    if value is None and key.startswith("eval/"):
+    if value is None and (key in NULLABLE or key.startswith("eval/")):
         return
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"metrics of step {step}: {key} is {value}")

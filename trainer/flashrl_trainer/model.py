@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flashrl_trainer import attention
 from flashrl_trainer.batch import PackedBatch
 from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.flops import ModelSize
 from flashrl_trainer.logprobs import token_logprobs
 
 LOAD_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
@@ -41,9 +42,10 @@ class Shard:
 class Policy(nn.Module):
     """Log-probs of packed sequences; parameters keep their Hugging Face names under `lm.`."""
 
-    def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int, compute_dtype: str) -> None:
         super().__init__()
         self.lm = lm
+        self.compute_dtype = compute_dtype  # "bfloat16" or "float32"
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
 
@@ -68,18 +70,39 @@ class Policy(nn.Module):
         return zeros.index_put((where,), found), zeros.index_put((where,), entropies)
 
     def shards(self, ranks: Ranks) -> Iterator[Shard]:
-        """Every parameter once (tied ones under the first name), in name order, as this rank holds it."""
+        """Every parameter once (tied ones under the first name), in name order, as this rank holds it.
+
+        Where there are copies of the model (HSDP), a rank of the first copy yields its rows, and the others none of
+        them: every row is some rank's, and of one rank only.
+        """
         for name, parameter in sorted(self.lm.named_parameters()):
             tensor = parameter.detach()
-            rows = -(-tensor.shape[0] // ranks.world_size)  # FSDP2 cuts dimension 0 as torch.chunk does
-            first = min(ranks.rank * rows, tensor.shape[0])
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            assert local.shape[0] == min(first + rows, tensor.shape[0]) - first, name
+            local = local[:0] if ranks.replica else local
+            first = ranks.first_row(tensor.shape[0])
+            rows = min(-(-tensor.shape[0] // ranks.num_shards), tensor.shape[0] - first)
+            assert local.shape[0] == rows, name
             yield Shard(name, local, first, tuple(tensor.shape))
+
+    def size(self) -> ModelSize:
+        """What its arithmetic depends on."""
+        lm: Any = self.lm
+        config = lm.config
+        heads = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        blocks = sum(parameter.numel() for parameter in lm.model.layers.parameters() if parameter.dim() == 2)
+        return ModelSize(blocks, lm.lm_head.weight.numel(), heads * head_size * len(lm.model.layers))
 
 
 def load_policy(
-    path: str, ranks: Ranks, *, compute_dtype: str, checkpointing: bool, temperature: float, chunk_tokens: int
+    path: str,
+    ranks: Ranks,
+    *,
+    compute_dtype: str,
+    checkpointing: bool,
+    temperature: float,
+    chunk_tokens: int,
+    compiled: bool = False,
 ) -> Policy:
     """Load a Hugging Face id or folder in fp32 and shard it; ValueError where it is missing or not supported."""
     attention.register()
@@ -92,9 +115,11 @@ def load_policy(
         raise ValueError(f"model.path: {path}: {first_line(error)}") from error
     if lm.lm_head.bias is not None:
         raise ValueError(f"model.path: {path} has a bias in its head, which is not supported")
-    policy = Policy(lm, temperature, chunk_tokens).train()
+    policy = Policy(lm, temperature, chunk_tokens, compute_dtype).train()
     if checkpointing:
         _recompute_blocks(lm.model.layers)
+    if compiled:
+        _compile_blocks(lm.model.layers)
     _shard(policy, ranks, torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32)
     return policy
 
@@ -128,6 +153,12 @@ def _shard(policy: Policy, ranks: Ranks, compute_dtype: torch.dtype) -> None:
     for block in lm.model.layers:
         fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
     fully_shard(policy, mesh=ranks.mesh, mp_policy=precision)
+
+
+def _compile_blocks(layers: nn.ModuleList) -> None:
+    """One graph for all blocks, for any number of tokens; in place, so that parameters keep their names."""
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def _recompute_blocks(layers: nn.ModuleList) -> None:

@@ -3,20 +3,19 @@
 The same numbers for any split into micro-batches and ranks. Knows nothing of sampling, rewards or the service.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from flashrl_trainer.algorithm.advantage import group_advantages
-from flashrl_trainer.algorithm.importance import correction_weights, mismatch_sums
+from flashrl_trainer.algorithm.importance import CAPPED, correction_weights, mismatch_sums, weight_sums
 from flashrl_trainer.algorithm.objective import dapo_loss_sum, loss_for_backward
 from flashrl_trainer.algorithm.shaping import overlong_filter
-from flashrl_trainer.algorithm.sums import ClipSums, MismatchSums
+from flashrl_trainer.algorithm.sums import ClipSums, MismatchSums, WeightSums
 from flashrl_trainer.batch import (
     PackedBatch,
     TrainingSample,
@@ -27,49 +26,49 @@ from flashrl_trainer.batch import (
     training_samples,
     truncated_mask,
 )
+from flashrl_trainer.device_meter import DeviceMeter
 from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.flops import forward_flops, peak_flops, training_flops
 from flashrl_trainer.model import Policy
+from flashrl_trainer.optimizer import Optimizer
 from flashrl_trainer.samples import Group
 from flashrl_trainer.settings import AlgorithmSettings, OptimSettings
-
-
-class NonFiniteGradientError(RuntimeError):
-    """The gradient norm is NaN or infinite; the optimizer step was not taken."""
+from flashrl_trainer.step_sums import EntropySums, LossStatistics, WorkSums, over_ranks
 
 
 @dataclass
 class UpdateTotals:
-    """Sums over the loss tokens that this rank has seen, mismatch and entropy in the first epoch only.
+    """What this rank has seen in a step; updates that were skipped are in `skipped`, `tokens` and `flops` only.
 
-    `grad_norms` and `losses` are global, one an optimizer step; `tokens` counts those of every forward with gradients.
+    `grad_norms` and `losses` are global, one an update; `tokens` counts those of every forward with gradients.
     """
 
-    mismatch: MismatchSums
-    clips: ClipSums
-    entropy: Tensor  # 0-d float64
-    tokens: int
-    grad_norms: list[float]
-    losses: list[float]
+    statistics: LossStatistics
+    tokens: int = 0
+    flops: int = 0
+    skipped: int = 0
+    grad_norms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    peak_flops: float | None = None  # of all ranks' devices
 
-    def metrics(self, ranks: Ranks) -> dict[str, float]:
-        """Means over all ranks under the names of `metrics.jsonl`."""
-        mismatch = _over_ranks(self.mismatch, ranks)
-        clips = ClipSums.from_tensor(ranks.sum(self.clips.as_tensor()))
-        entropy = float(ranks.sum(self.entropy)) / max(float(mismatch.tokens), 1.0)
-        steps = len(self.losses)
+    def metrics(self, ranks: Ranks) -> dict[str, float | None]:
+        """Means over all ranks under the names of `metrics.jsonl`; loss and norm are null if no update was made."""
+        work = WorkSums.of(self.tokens, self.flops, self.seconds, self.peak_memory_bytes, ranks.device)
+        *parts, work_over_ranks = over_ranks([*self.statistics.parts(), work], ranks)
+        assert isinstance(work_over_ranks, WorkSums)
         return {
-            **mismatch.metrics(),
-            **clips.metrics(),
-            "entropy": entropy,
-            "loss": sum(self.losses) / steps,
-            "grad_norm": sum(self.grad_norms) / steps,
+            **LossStatistics.of(parts).metrics(),
+            **work_over_ranks.metrics(self.peak_flops),
+            "loss": _mean(self.losses),
+            "grad_norm": _mean(self.grad_norms),
+            "train/skipped_steps": self.skipped,
         }
 
 
-def _over_ranks(local: MismatchSums, ranks: Ranks) -> MismatchSums:
-    largest = ranks.max(local.max_ratio)
-    total = ranks.sum(local.as_tensor())
-    return MismatchSums.from_tensor(torch.cat([total[:-1], largest.unsqueeze(0)]))
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 class Updater:
@@ -77,33 +76,43 @@ class Updater:
 
     def __init__(self, policy: Policy, ranks: Ranks, algorithm: AlgorithmSettings, optim: OptimSettings) -> None:
         self._policy, self._ranks, self._algorithm, self._optim = policy, ranks, algorithm, optim
-        self.optimizer = AdamW(
-            policy.parameters(),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-            fused=ranks.device.type == "cuda",
-        )
+        self._optimizer = Optimizer(policy.parameters(), ranks, optim)
+        self._size = policy.size()
+        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+        self._peak_flops = peak_flops(device, policy.compute_dtype, ranks.world_size)
+
+    @property
+    def optimizer(self) -> AdamW:
+        """For a checkpoint."""
+        return self._optimizer.adamw
 
     def learning_rate(self, step: int) -> float:
-        """Constant after a linear warm-up; `step` counts from 1."""
-        return self._optim.lr * min(1.0, step / max(1, self._optim.warmup_steps))
+        """Of a training step, counted from 1."""
+        return self._optimizer.learning_rate(step)
 
-    def step(self, groups: Sequence[Group], step: int) -> UpdateTotals:
-        """Learn from `groups`, `mini_batch_prompts` at a time, `update_epochs` times over."""
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = self.learning_rate(step)
+    def check(self) -> None:
+        """SkippedStepsError once too many updates in a row were left out; the step before it is whole."""
+        self._optimizer.check()
+
+    def step(self, groups: Sequence[Group], step: int, weight_version: int) -> UpdateTotals:
+        """Learn from `groups`, `mini_batch_prompts` at a time, `update_epochs` times over.
+
+        `weight_version` is that of the policy before the step: tokens of older ones are stale.
+        """
+        meter = DeviceMeter(self._ranks.device)
+        self._optimizer.begin(step)
+        totals = UpdateTotals(LossStatistics.zero(self._ranks.device), peak_flops=self._peak_flops)
         mini_batches = [self._mini_batch(part) for part in self._parts(groups)]
         mini_batches = [mini_batch for mini_batch in mini_batches if mini_batch.num_loss_tokens]
         if not mini_batches:
             raise ValueError("algorithm.overlong: every sample of the step was filtered; raise sampling.max_tokens")
         # with a single update the policy before it is the policy in it, and one forward serves as both
         many = len(mini_batches) * self._algorithm.update_epochs > 1
-        proximal = [self._proximal(mini_batch) if many else None for mini_batch in mini_batches]
-        totals = self._zero_totals()
+        proximal = [self._proximal(mini_batch, totals) if many else None for mini_batch in mini_batches]
         for epoch in range(self._algorithm.update_epochs):
             for mini_batch, logprobs in zip(mini_batches, proximal, strict=True):
-                self._update(mini_batch, logprobs, totals, count_mismatch=epoch == 0)
+                self._update(mini_batch, logprobs, totals, weight_version, is_first=epoch == 0)
+        totals.seconds, totals.peak_memory_bytes = meter.seconds(), meter.peak_memory_bytes()
         return totals
 
     def _parts(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
@@ -121,36 +130,49 @@ class Updater:
         return MiniBatch(shares[self._ranks.rank], num_loss_tokens(samples))
 
     @torch.no_grad()
-    def _proximal(self, mini_batch: "MiniBatch") -> list[Tensor]:
+    def _proximal(self, mini_batch: "MiniBatch", totals: UpdateTotals) -> list[Tensor]:
+        totals.flops += sum(forward_flops(self._size, *shape) for shape in mini_batch.shapes())
         return [self._policy(batch)[0] for batch in mini_batch.batches(self._ranks.device)]
 
     def _update(
-        self, mini_batch: "MiniBatch", proximal: list[Tensor] | None, totals: UpdateTotals, *, count_mismatch: bool
+        self,
+        mini_batch: "MiniBatch",
+        proximal: list[Tensor] | None,
+        totals: UpdateTotals,
+        weight_version: int,
+        *,
+        is_first: bool,
     ) -> None:
         loss = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        statistics = LossStatistics.zero(self._ranks.device)
         for index, batch in enumerate(mini_batch.batches(self._ranks.device)):
             # gradients are summed over ranks once, with the last micro-batch
             self._policy.set_requires_gradient_sync(index == len(mini_batch.shares) - 1)  # type: ignore[operator]
             logprobs, entropy = self._policy(batch)
             before = logprobs.detach() if proximal is None else proximal[index]
-            loss_sum = self._loss_sum(batch, logprobs, before, totals, count_mismatch)
+            loss_sum, weights, clips = self._loss_sum(batch, logprobs, before)
             # without a token in the loss the sum has no gradient, and the other ranks wait for one
             anchored = loss_sum + 0.0 * logprobs.sum()
             loss_for_backward(anchored, mini_batch.num_loss_tokens, self._ranks.world_size).backward()  # type: ignore[no-untyped-call]
             loss += loss_sum.detach().double()
-            if count_mismatch:
-                totals.entropy += entropy.double().sum()
-            totals.tokens += int(batch.token_ids.numel())
-        totals.losses.append(float(self._ranks.sum(loss)) / mini_batch.num_loss_tokens)
-        totals.grad_norms.append(self._optimizer_step())
+            statistics += self._statistics(batch, before, entropy, weights, clips, weight_version, is_first)
+        totals.tokens += sum(sum(lengths) for lengths, _ in mini_batch.shapes())
+        totals.flops += sum(training_flops(self._size, *shape) for shape in mini_batch.shapes())
+        global_loss = float(self._ranks.sum(loss)) / mini_batch.num_loss_tokens
+        norm = self._optimizer.update(global_loss)
+        if norm is None:
+            totals.skipped += 1
+            return
+        totals.losses.append(global_loss)
+        totals.grad_norms.append(norm)
+        totals.statistics += statistics
 
-    def _loss_sum(
-        self, batch: PackedBatch, logprobs: Tensor, proximal: Tensor, totals: UpdateTotals, count_mismatch: bool
-    ) -> Tensor:
+    def _loss_sum(self, batch: PackedBatch, logprobs: Tensor, before: Tensor) -> tuple[Tensor, Tensor, ClipSums]:
+        """The loss's sum, the weights [T] in it, and what was clipped."""
         settings = self._algorithm
         weights = correction_weights(
             settings.correction,
-            proximal,
+            before,
             batch.rollout_logprobs,
             batch.sample_ids,
             batch.loss_mask,
@@ -159,7 +181,7 @@ class Updater:
         )
         loss_sum, clips = dapo_loss_sum(
             logprobs,
-            proximal,
+            batch.rollout_logprobs if settings.proximal == "rollout" else before,
             batch.advantages,
             weights,
             batch.loss_mask,
@@ -167,27 +189,34 @@ class Updater:
             settings.clip_high,
             settings.dual_clip,
         )
-        totals.clips += clips
-        if count_mismatch:
-            totals.mismatch += mismatch_sums(
-                proximal, batch.rollout_logprobs, weights, batch.loss_mask, settings.tis_cap
-            )
-        return loss_sum
+        return loss_sum, weights, clips
 
-    def _optimizer_step(self) -> float:
-        norm = clip_grad_norm_(self._policy.parameters(), self._optim.max_grad_norm)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not torch.isfinite(torch.tensor(value)):
-            self.optimizer.zero_grad()
-            raise NonFiniteGradientError(f"gradient norm is {value}; lower optim.lr or look at the last samples")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return value
-
-    def _zero_totals(self) -> UpdateTotals:
-        device = self._ranks.device
-        entropy = torch.zeros((), dtype=torch.float64, device=device)
-        return UpdateTotals(MismatchSums.zero(device), ClipSums.zero(device), entropy, 0, [], [])
+    def _statistics(
+        self,
+        batch: PackedBatch,
+        before: Tensor,
+        entropy: Tensor,
+        weights: Tensor,
+        clips: ClipSums,
+        weight_version: int,
+        is_first: bool,
+    ) -> LossStatistics:
+        """Entropy, weights and mismatch of the first epoch, when the policy is still the one that they are about."""
+        device, mask = self._ranks.device, batch.loss_mask
+        if not is_first:
+            none = MismatchSums.zero(device)
+            return LossStatistics(EntropySums.zero(device), clips, WeightSums.zero(device), none, none, none)
+        is_stale = batch.weight_versions < weight_version
+        cap = self._algorithm.tis_cap if self._algorithm.correction in CAPPED else math.inf
+        return LossStatistics(
+            EntropySums(mask.sum().double(), entropy.double().sum()),
+            clips,
+            weight_sums(weights, mask, cap),
+            *(
+                mismatch_sums(before, batch.rollout_logprobs, tokens)
+                for tokens in (mask, mask & is_stale, mask & ~is_stale)
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -200,3 +229,8 @@ class MiniBatch:
     def batches(self, device: torch.device) -> Iterator[PackedBatch]:
         """Its packed micro-batches on `device`."""
         return (pack(samples).to(device) for samples in self.shares)
+
+    def shapes(self) -> Iterator[tuple[list[int], int]]:
+        """Lengths of the samples, in tokens, and the number of loss tokens of each micro-batch."""
+        for samples in self.shares:
+            yield [len(sample.token_ids) for sample in samples], num_loss_tokens(samples)

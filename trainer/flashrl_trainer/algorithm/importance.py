@@ -7,9 +7,10 @@ mask drops (weight 0) adds nothing to the sum but is still counted, so that the 
 import torch
 from torch import Tensor
 
-from flashrl_trainer.algorithm.sums import MismatchSums
+from flashrl_trainer.algorithm.sums import MismatchSums, WeightSums
 
 CORRECTIONS = ("token", "sequence", "geometric", "icepop", "none")
+CAPPED = ("token", "sequence")
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: far over any cap, far under an overflow
 
 
@@ -64,26 +65,42 @@ def correction_weights(
     return torch.where(loss_mask, weights, 1.0)
 
 
-def mismatch_sums(proximal: Tensor, rollout: Tensor, weights: Tensor, loss_mask: Tensor, cap: float) -> MismatchSums:
+def weight_sums(weights: Tensor, loss_mask: Tensor, cap: float) -> WeightSums:
+    """Sums of the weights [T] over the tokens of `loss_mask` [T] bool.
+
+    Capped are tokens whose weight is at `cap` (infinity for a correction without one), masked those whose weight is 0.
+    """
+    kept = weights[loss_mask].detach()
+    exact = kept.double()
+    return WeightSums(
+        tokens=loss_mask.sum().double(),
+        weight=exact.sum(),
+        squared_weight=exact.square().sum(),
+        capped_tokens=(kept >= cap).sum().double(),
+        masked_tokens=(kept == 0).sum().double(),
+        max_weight=_largest(exact),
+    )
+
+
+def mismatch_sums(proximal: Tensor, rollout: Tensor, loss_mask: Tensor) -> MismatchSums:
     """Sums over the tokens of `loss_mask` [T] bool; give a narrower mask to split by cause, such as staleness.
 
     With d = proximal - rollout: k3 is `exp(d) - 1 - d`, an unbiased estimate of KL(rollout || proximal) for tokens
-    drawn from rollout (J. Schulman, "Approximating KL divergence"). Capped are tokens whose weight is at `cap`, masked
-    those whose weight is 0.
+    drawn from rollout (J. Schulman, "Approximating KL divergence").
     """
-    kept_weights = weights[loss_mask]
     # float64, because fp32 loses a k3 of 1e-7 to cancellation
     log_ratio = (proximal[loss_mask].double() - rollout[loss_mask].double()).detach()
     ratio = _ratio(log_ratio)
     return MismatchSums(
         tokens=loss_mask.sum().double(),
-        weight=kept_weights.double().sum(),
-        capped_tokens=(kept_weights >= cap).sum().double(),
-        masked_tokens=(kept_weights == 0).sum().double(),
         k3_kl=(ratio - 1 - log_ratio).sum(),
         abs_logprob=log_ratio.abs().sum(),
-        max_ratio=torch.cat([ratio, ratio.new_zeros(1)]).max(),
+        max_ratio=_largest(ratio),
     )
+
+
+def _largest(values: Tensor) -> Tensor:
+    return torch.cat([values, values.new_zeros(1)]).max()
 
 
 def require_rollout_logprobs(rollout: Tensor) -> None:
