@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashrl_trainer.algorithm.importance import correction_weights, mismatch_sums, tis_weights
+from flashrl_trainer.algorithm.importance import correction_weights, mismatch_sums, tis_weights, weight_sums
 from flashrl_trainer.algorithm.sums import MismatchSums
 
 LN2 = math.log(2)
@@ -86,16 +86,13 @@ def test_weights_carry_no_gradient() -> None:
 
 
 def sums(mask: Tensor) -> MismatchSums:
-    return mismatch_sums(PROXIMAL, ROLLOUT, tis_weights(PROXIMAL, ROLLOUT, 2.0), mask, 2.0)
+    return mismatch_sums(PROXIMAL, ROLLOUT, mask)
 
 
 def test_mismatch_metrics_by_hand() -> None:
     expected_k3 = (2 - 1 - LN2) + (0.5 - 1 + LN2) + (4 - 1 - 2 * LN2) + 2 * (0.25 - 1 + 2 * LN2)
     assert sums(LOSS_MASK).metrics() == pytest.approx(
         {
-            "tis/weight_mean": (2 + 0.5 + 2 + 0.25 + 0.25) / 5,
-            "tis/capped_fraction": 2 / 5,
-            "tis/masked_fraction": 0,
             "mismatch/k3_kl": expected_k3 / 5,
             "mismatch/mean_abs_logprob": 8 * LN2 / 5,
             "mismatch/max_ratio": 4,
@@ -104,29 +101,64 @@ def test_mismatch_metrics_by_hand() -> None:
     )
 
 
+def test_a_cause_goes_before_the_names_of_its_metrics() -> None:
+    second = sums(LOSS_MASK & SAMPLE_IDS.eq(1)).metrics("stale_")
+    assert second == pytest.approx(
+        {
+            "mismatch/stale_k3_kl": 0.25 - 1 + 2 * LN2,
+            "mismatch/stale_mean_abs_logprob": 2 * LN2,
+            "mismatch/stale_max_ratio": 0.25,
+        },
+        rel=1e-6,
+    )
+
+
+def test_weight_metrics_by_hand() -> None:
+    metrics = weight_sums(tis_weights(PROXIMAL, ROLLOUT, 2.0), LOSS_MASK, 2.0).metrics()
+    assert metrics == pytest.approx(
+        {
+            "tis/weight_mean": (2 + 0.5 + 2 + 0.25 + 0.25) / 5,
+            "tis/weight_max": 2,
+            "tis/ess": 5**2 / (4 + 0.25 + 4 + 0.0625 + 0.0625) / 5,
+            "tis/capped_fraction": 2 / 5,
+            "tis/masked_fraction": 0,
+        },
+        rel=1e-6,
+    )
+
+
 def test_masked_tokens_are_counted_and_stay_in_the_denominator() -> None:
     icepop = torch.tensor(weights("icepop", band=(0.4, 2.1)))
-    metrics = mismatch_sums(PROXIMAL, ROLLOUT, icepop, LOSS_MASK, 8.0).metrics()
+    metrics = weight_sums(icepop, LOSS_MASK, math.inf).metrics()
     assert metrics["tis/masked_fraction"] == 3 / 5
+    assert metrics["tis/capped_fraction"] == 0
     assert metrics["tis/weight_mean"] == pytest.approx(2.5 / 5, rel=1e-6)
+    assert metrics["tis/ess"] == pytest.approx(2.5**2 / 4.25 / 5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("values", "ess"), [([1.0] * 4, 1.0), ([0.3] * 4, 1.0), ([2, 0, 0, 0], 0.25), ([0.0] * 4, 0)])
+def test_effective_sample_size_is_the_share_of_tokens_that_count(values: list[float], ess: float) -> None:
+    every = torch.ones(4, dtype=torch.bool)
+    assert weight_sums(torch.tensor(values), every, math.inf).metrics()["tis/ess"] == pytest.approx(ess, rel=1e-6)
 
 
 def test_k3_of_a_small_mismatch_is_half_its_square() -> None:
     # d**2 / 2 + d**3 / 6; in float32 exp(d) - 1 - d would be 0 or 1.2e-7
     rollout = torch.tensor([-0.5])
     proximal = rollout + 2.0**-12
-    one = mismatch_sums(proximal, rollout, torch.ones(1), torch.ones(1, dtype=torch.bool), 2.0)
+    one = mismatch_sums(proximal, rollout, torch.ones(1, dtype=torch.bool))
     assert one.metrics()["mismatch/k3_kl"] == pytest.approx(2.0**-25 + 2.0**-36 / 6, rel=1e-6)
 
 
 def test_sums_add_up_over_any_split_and_survive_a_trip_as_tensors() -> None:
     pieces = [sums(LOSS_MASK & SAMPLE_IDS.eq(sample)) for sample in (0, 1)]
     gathered = torch.stack([piece.as_tensor() for piece in pieces])
-    total = MismatchSums.zero()
-    for row in gathered:
-        total = total + MismatchSums.from_tensor(row)
-    assert total.metrics() == pytest.approx(sums(LOSS_MASK).metrics(), rel=1e-12)
+    whole = sums(LOSS_MASK).metrics()
+    assert (pieces[0] + pieces[1]).metrics() == pytest.approx(whole, rel=1e-12)
+    assert MismatchSums.merged(gathered.sum(0), gathered.amax(0)).metrics() == pytest.approx(whole, rel=1e-12)
 
 
 def test_no_tokens_give_zeros() -> None:
-    assert set(sums(torch.zeros(6, dtype=torch.bool)).metrics().values()) == {0.0}
+    nothing = torch.zeros(6, dtype=torch.bool)
+    assert set(sums(nothing).metrics().values()) == {0.0}
+    assert set(weight_sums(torch.ones(6), nothing, 2.0).metrics().values()) == {0.0}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flashrl_trainer.config import TrainerConfig, load_config
+from flashrl_trainer.metric_rows import NULLABLE
 from flashrl_trainer.metrics import METRIC_KEYS, MetricsWriter, complete_row, start_wandb
 from flashrl_trainer.samples import Completion, Group, Prompt, Sample
 
@@ -91,7 +92,18 @@ def test_what_was_not_evaluated_is_null() -> None:
 
 def test_the_row_before_training_needs_its_scores_only() -> None:
     row = complete_row({"step": 0, "weight_version": 0, "eval/accuracy": 0.25, "reward/mean": 0.25})
-    assert row == dict.fromkeys(METRIC_KEYS, 0.0) | {"eval/accuracy": 0.25, "reward/mean": 0.25, "eval/greedy": None}
+    nulls = {"eval/greedy": None, "perf/mfu": None}
+    assert row == dict.fromkeys(METRIC_KEYS, 0.0) | {"eval/accuracy": 0.25, "reward/mean": 0.25} | nulls
+
+
+@pytest.mark.parametrize("key", METRIC_KEYS)
+def test_null_is_for_what_may_have_no_value(key: str) -> None:
+    row = full_row(3) | {key: None}
+    if key in NULLABLE:
+        assert complete_row(row) == row
+    else:
+        with pytest.raises(ValueError, match=f"{key} is None"):
+            complete_row(row)
 
 
 def test_a_step_without_an_update_has_zeros_for_it() -> None:

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrl_trainer.algorithm.advantage import group_advantages
-from flashrl_trainer.algorithm.importance import CORRECTIONS, correction_weights, mismatch_sums
+from flashrl_trainer.algorithm.importance import CAPPED, CORRECTIONS, correction_weights, mismatch_sums, weight_sums
 from flashrl_trainer.algorithm.objective import dapo_loss_sum, loss_for_backward
 from flashrl_trainer.algorithm.shaping import overlong_filter
-from flashrl_trainer.algorithm.sums import ClipSums, MismatchSums
+from flashrl_trainer.algorithm.sums import ClipSums, MismatchSums, WeightSums
 from flashrl_trainer.batch import (
     TrainingSample,
     num_loss_tokens,
@@ -52,6 +52,9 @@ class Expected:
     num_tokens: int
     loss: float = 0.0
     k3_kl: float = 0.0
+    abs_logprob: float = 0.0
+    capped: int = 0
+    masked: int = 0
     max_ratio: float = 0.0
     clipped: list[int] = field(default_factory=lambda: [0, 0, 0])  # low, high, dual
     advantages: list[float] = field(default_factory=list)
@@ -84,6 +87,9 @@ def add_response(expected: Expected, response: Response, advantage: float, corre
         loss, gradient, clipped = surrogate(trainer - proximal, advantage)
         expected.loss += token_weight * loss / expected.num_tokens
         expected.k3_kl += (math.exp(difference) - 1 - difference) / expected.num_tokens
+        expected.abs_logprob += abs(difference) / expected.num_tokens
+        expected.capped += correction in ("token", "sequence") and token_weight == CAP
+        expected.masked += token_weight == 0
         expected.max_ratio = max(expected.max_ratio, math.exp(difference))
         expected.clipped = [a + b for a, b in zip(expected.clipped, clipped, strict=True)]
         expected.weights.append(token_weight)
@@ -125,6 +131,7 @@ class Actual:
     loss: float
     clips: ClipSums
     mismatch: MismatchSums
+    weight_sums: WeightSums
 
 
 def train(
@@ -145,7 +152,8 @@ def train(
     proximal = torch.tensor([math.nan, *chain(*(r.proximal for r in responses))], dtype=dtype)
     starts = [0, *accumulate((len(r.trainer) for r in responses), initial=1)]  # by sample number
     all_weights, loss = torch.zeros_like(proximal), 0.0
-    clips, mismatch = ClipSums.zero(), MismatchSums.zero()
+    clips, mismatch, total_weights = ClipSums.zero(), MismatchSums.zero(), WeightSums.zero()
+    cap = CAP if correction in CAPPED else math.inf
     for micro_batch in chain(*split_for_ranks(samples, num_ranks, max_tokens)):
         batch, slots = pack(micro_batch), slots_of(micro_batch, starts)
         mask, rollout, ids = batch.loss_mask, batch.rollout_logprobs, batch.sample_ids
@@ -155,11 +163,12 @@ def train(
         )
         (loss_for_backward(loss_sum, num_tokens, num_ranks) / num_ranks).backward()  # type: ignore[no-untyped-call]
         loss += loss_sum.item() / num_tokens
-        clips, mismatch = clips + more_clips, mismatch + mismatch_sums(proximal[slots], rollout, weights, mask, CAP)
+        clips, mismatch = clips + more_clips, mismatch + mismatch_sums(proximal[slots], rollout, mask)
+        total_weights += weight_sums(weights, mask, cap)
         all_weights[slots[mask]] = weights[mask]
     assert trainer.grad is not None
     gradients = trainer.grad[1:].tolist()
-    return Actual(advantages.tolist(), all_weights[1:].tolist(), gradients, loss, clips, mismatch)
+    return Actual(advantages.tolist(), all_weights[1:].tolist(), gradients, loss, clips, mismatch, total_weights)
 
 
 def as_groups(groups: list[list[Response]]) -> list[Group]:
@@ -200,7 +209,14 @@ def assert_equal(actual: Actual, expected: Expected, tolerance: float = 1e-6) ->
     metrics = actual.mismatch.metrics()
     assert metrics["mismatch/k3_kl"] == approx(expected.k3_kl)
     assert metrics["mismatch/max_ratio"] == approx(expected.max_ratio)
-    assert metrics["tis/weight_mean"] == approx(sum(expected.weights) / expected.num_tokens)
+    assert metrics["mismatch/mean_abs_logprob"] == approx(expected.abs_logprob)
+    weights = actual.weight_sums.metrics()
+    squares = math.fsum(w * w for w in expected.weights)
+    assert weights["tis/weight_mean"] == approx(sum(expected.weights) / expected.num_tokens)
+    assert weights["tis/weight_max"] == approx(max(expected.weights))
+    assert weights["tis/ess"] == approx(sum(expected.weights) ** 2 / squares / expected.num_tokens if squares else 0.0)
+    assert weights["tis/masked_fraction"] * expected.num_tokens == pytest.approx(expected.masked)
+    assert weights["tis/capped_fraction"] * expected.num_tokens == pytest.approx(expected.capped)
 
 
 def random_groups(shapes: list[list[int]], seed: int) -> list[list[Response]]:
