@@ -83,6 +83,54 @@ def test_nothing_of_a_save_that_was_cut_short_counts(tmp_path: Path, ranks: Rank
     assert not (tmp_path / "step-000002" / "left-over").exists()
 
 
+def test_halves_that_killed_trainers_left_are_cleared_away(tmp_path: Path, ranks: Ranks) -> None:
+    (tmp_path / ".step-000007.partial").mkdir()
+    saved(tmp_path, ranks, range(8, 9))
+    assert names(tmp_path) == ["step-000008"]
+
+
+def flip_a_bit(file: Path) -> None:
+    """One in the middle: the size stays."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "trainer.json"])
+def test_a_single_bit_is_noticed_said_and_passed_over(tmp_path: Path, ranks: Ranks, pattern: str) -> None:
+    saved(tmp_path, ranks, range(1, 3))
+    damaged = next((tmp_path / "step-000002").glob(pattern))
+    flip_a_bit(damaged)
+    lines: list[str] = []
+    store = CheckpointStore(tmp_path, ranks, 1)
+    assert store.latest(lines.append) == tmp_path / "step-000001"
+    (line,) = lines
+    assert line.startswith(f"checkpoint {tmp_path}/step-000002 is damaged ({damaged.name} ")
+    assert line.endswith(") and passed over")
+    assert (store.has(1), store.has(2)) == (True, False)
+    store.save(2, *trained(ranks), {})
+    assert (names(tmp_path), store.has(2)) == (["step-000002"], True)
+
+
+def test_one_that_is_known_to_be_damaged_does_not_count_as_kept(tmp_path: Path, ranks: Ranks) -> None:
+    saved(tmp_path, ranks, range(1, 4))
+    flip_a_bit(next((tmp_path / "step-000003").glob("*.distcp")))
+    store = CheckpointStore(tmp_path, ranks, 2)
+    store.latest()
+    store.save(4, *trained(ranks), {})
+    assert names(tmp_path) == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_random_numbers_go_on_too(tmp_path: Path, ranks: Ranks) -> None:
+    model, optimizer = trained(ranks, seed=1)
+    torch.manual_seed(3)
+    torch.rand(5)
+    folder = CheckpointStore(tmp_path, ranks, 1).save(1, model, optimizer, {})
+    expected = torch.rand(5)
+    CheckpointStore(tmp_path, ranks, 1).load(folder, *trained(ranks, seed=2))
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_damaged_ones_are_passed_over_and_replaced(tmp_path: Path, ranks: Ranks) -> None:
     store = saved(tmp_path, ranks, range(8, 12))
     truncate(tmp_path / "step-000011")
@@ -133,7 +181,8 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 def test_no_room_is_one_line_and_leaves_the_older_one(tmp_path: Path, ranks: Ranks) -> None:
     store = saved(tmp_path, ranks, range(1, 2))
-    with largest_file(1000), pytest.raises(OSError, match=r"step-000002 was not written: [^\n]+$"):
+    with largest_file(1000), pytest.raises(OSError, match=r"step-000002 was not written[^\n]+: [^\n]+$"):
         store.save(2, *trained(ranks), {})
     assert (store.latest(), store.has(2)) == (tmp_path / "step-000001", False)
+    assert names(tmp_path) == ["step-000001"], "a half of one would keep the disk full"
     assert json.loads((tmp_path / "step-000001" / "trainer.json").read_text())["state"] == {"number": 1}

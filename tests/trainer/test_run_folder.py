@@ -37,10 +37,15 @@ def test_a_new_run_never_writes_into_an_old_one(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_gone_on_with_by_its_path(tmp_path: Path) -> None:
-    folder = run(tmp_path, "elsewhere", checkpoint=False)
+    folder = run(tmp_path, "elsewhere")
     assert choose_folder(settings(tmp_path / "runs"), "gsm8k", str(folder), NOW) == (folder, True)
-    with pytest.raises(ValueError, match=r"^--resume: /no/such holds no checkpoints$"):
+    with pytest.raises(ValueError, match=r"^--resume: /no/such holds no run$"):
         choose_folder(settings(tmp_path), "gsm8k", "/no/such", NOW)
+
+
+def test_a_folder_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    folder = run(tmp_path, "young", checkpoint=False)
+    assert choose_folder(settings(tmp_path), "gsm8k", str(folder), NOW) == (folder, False)
 
 
 def test_auto_is_the_newest_run_of_the_recipe_that_can_be_gone_on_with(tmp_path: Path) -> None:

@@ -1,92 +1,92 @@
-"""Everything a run needs to go on: sharded weights and optimizer, and the trainer's own small state.
+"""Everything a run needs to go on: sharded weights and optimizer, random states, and the trainer's own small state.
 
 Written aside and renamed, so that a checkpoint is there whole or not at all. Knows nothing of what the state means.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import save_torch_state_dict
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from flashrl_trainer.checkpoint_files import damage, looks_whole, read_content, seal, sync_folder
 from flashrl_trainer.distributed import Ranks
-from flashrl_trainer.model import Policy
 
-_STATE = "trainer.json"
 _NAME = re.compile(r"^step-(\d{6,})$")
+_ASIDE = ".step-*.partial"
 
 
 class CheckpointStore:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run. Every method that reads files is called on every rank."""
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self._folder, self._ranks, self._keep = folder, ranks, keep
+        self._damaged: set[Path] = set()  # found so; by its sizes alone a damaged one may look whole
 
     def save(self, step: int, policy: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:
-        """Write `checkpoints/step-NNNNNN` and delete the oldest ones beyond `keep`; OSError where there is no room."""
+        """Write `checkpoints/step-NNNNNN`, then delete the oldest ones beyond `keep`.
+
+        OSError of one line where there is no room; the older ones are all there then.
+        """
         target = self._path(step)
         aside = self._folder / f".{target.name}.partial"
-        if self._ranks.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        model_state, optim_state = get_state_dict(policy, optimizer)
-        with _failing_as(OSError, f"checkpoint {target} was not written"):
-            state_dict_saver.save({"model": model_state, "optimizer": optim_state}, checkpoint_id=aside)
-        dist.barrier()
-        if self._ranks.is_main:
-            sizes = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-            (aside / _STATE).write_text(json.dumps({"step": step, "files": sizes, "state": dict(state)}))
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-            self._prune()
-        dist.barrier()
+        try:
+            with _failing_as(OSError, f"checkpoint {target} was not written, the older ones are whole"):
+                self._ranks.on_main(lambda: _emptied(aside))
+                state_dict_saver.save(_live_state(policy, optimizer, self._ranks), checkpoint_id=aside)
+                dist.barrier()
+                seal(aside, {"step": step, "state": dict(state)}, self._ranks)
+                self._ranks.on_main(lambda: _moved(aside, target))
+        finally:  # a half of one would keep the disk full
+            self._ranks.on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+        self._damaged.discard(target)
+        self._ranks.on_main(self._prune)
         return target
 
     def has(self, step: int) -> bool:
-        """Whether that step's checkpoint is there, whole, by rank 0's view."""
-        return self._ranks.on_main(lambda: _is_whole(self._path(step)))
+        """Whether that step's checkpoint is there, whole."""
+        return not damage(self._path(step), self._ranks)
 
-    def _path(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}"
-
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint; truncated ones are passed over."""
-        for folder in reversed(self._all()):
-            if _is_whole(folder):
+    def latest(self, report: Callable[[str], None] = lambda _: None) -> Path | None:
+        """The newest whole checkpoint; `report` hears (on every rank) of each damaged one passed over."""
+        for folder in reversed(self._ranks.on_main(self._all)):
+            problem = damage(folder, self._ranks)
+            if not problem:
                 return folder
+            self._damaged.add(folder)
+            report(f"checkpoint {folder} is damaged ({problem}) and passed over")
         return None
 
     def load(self, folder: Path, policy: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Restore weights and optimizer in place; the trainer's own state.
+        """Restore weights, optimizer and random states from what `latest` found; the trainer's own state.
 
-        ValueError for a folder that is damaged, or holds another model.
+        ValueError for a folder that cannot be read, or holds another model.
         """
-        if not _is_whole(folder):
+        if not self._ranks.on_main(lambda: looks_whole(folder)):
             raise ValueError(f"checkpoint {folder} is damaged or incomplete")
-        model_state, optim_state = get_state_dict(policy, optimizer)
-        state: dict[str, Any] = {"model": model_state, "optimizer": optim_state}
+        state = _live_state(policy, optimizer, self._ranks)
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        if not all(f"random.{name}" in saved for name in state["random"]):
+            state["random"] = {}  # a job of fewer ranks, or on another device: its random numbers are new ones
         with _failing_as(ValueError, f"checkpoint {folder} does not fit the model"):
             state_dict_loader.load(state, checkpoint_id=folder)
         set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        restored: dict[str, Any] = json.loads((folder / _STATE).read_text())["state"]
+        _set_random_states(state["random"], self._ranks)
+        restored: dict[str, Any] = read_content(folder)["state"]
         return restored
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
 
     def _all(self) -> list[Path]:
         """By step, the oldest first."""
@@ -96,9 +96,41 @@ class CheckpointStore:
         return [found[step] for step in sorted(found)]
 
     def _prune(self) -> None:
-        whole = [folder for folder in self._all() if _is_whole(folder)]  # a damaged one is no reason to delete another
-        for folder in whole[: -self._keep]:
+        """After a new one is whole. A damaged one is no reason to delete another; a trainer that died left halves."""
+        whole = [folder for folder in self._all() if folder not in self._damaged and looks_whole(folder)]
+        for folder in (*whole[: -self._keep], *self._folder.glob(_ASIDE)):
             shutil.rmtree(folder)
+
+
+def _live_state(policy: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Any]:
+    model, optim = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optim, "random": _random_states(ranks)}
+
+
+def _random_states(ranks: Ranks) -> dict[str, Tensor]:
+    """torch's, which dropout draws from; every rank has its own."""
+    states = {f"cpu{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states[f"cuda{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor], ranks: Ranks) -> None:
+    if (cpu := states.get(f"cpu{ranks.rank}")) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := states.get(f"cuda{ranks.rank}")) is not None:
+        torch.cuda.set_rng_state(cuda, ranks.device)
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _moved(aside: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)  # only a damaged one is written again
+    aside.rename(target)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -109,30 +141,5 @@ def _failing_as(kind: type[Exception], what: str) -> Iterator[None]:
     except CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
         raise kind(f"{what}: {' '.join(str(reason).split())}") from error
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        sizes = json.loads((folder / _STATE).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def export(policy: Policy, tokenizer: Any, folder: Path, ranks: Ranks) -> None:
-    """Write bf16 safetensors, config and tokenizer that transformers and vLLM load; tied tensors once."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full: dict[str, Any] = get_model_state_dict(policy, options=options)
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = [name for name, _ in policy.lm.named_parameters()]
-        weights = {name: full[f"lm.{name}"].to(torch.bfloat16).contiguous() for name in names}
-        save_torch_state_dict(weights, str(folder))
-        config: Any = policy.lm.config
-        config.dtype = torch.bfloat16
-        config.save_pretrained(folder)
-        generation = getattr(policy.lm, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    dist.barrier()
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from error

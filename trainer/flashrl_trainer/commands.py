@@ -11,14 +11,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from flashrl_trainer import assemble
 from flashrl_trainer.balancer import Balancer
-from flashrl_trainer.checkpoint import CheckpointStore, export
+from flashrl_trainer.checkpoint import CheckpointStore
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
+from flashrl_trainer.export import export
 from flashrl_trainer.exporter import open_mirrors
 from flashrl_trainer.fleet import Fleet
 from flashrl_trainer.fleet_start import open_fleet
 from flashrl_trainer.interrupt import Interrupt, ignore_signals
 from flashrl_trainer.metrics import MetricsWriter
-from flashrl_trainer.run_folder import choose_folder
+from flashrl_trainer.run_folder import AUTO, choose_folder
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.update import Updater
@@ -35,6 +36,8 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
     with ExitStack() as stack:
         ranks, interrupt = _start(config, stack)
         folder, resuming = ranks.on_main(lambda: choose_folder(config.run, stem, resume, datetime.now()))
+        if resume not in ("", AUTO) and not resuming and ranks.is_main:
+            say(f"--resume: {folder} has no checkpoint yet; it begins anew")
         inputs = assemble.read_inputs(config, say if ranks.is_main else lambda _: None)
         run_id = folder.name[:64]
         fleet = _open_fleet(config, ranks, run_id, interrupt)
@@ -46,7 +49,7 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
         loop, updater, store = assemble.make_loop(config, ranks, inputs, policy, sync, fleet, writer, interrupt, folder)
         version = 0
         if resuming:
-            version = loop.load_state_dict(store.load(_latest(store, folder), policy, updater.optimizer))
+            version = loop.load_state_dict(store.load(_latest(store, folder, ranks), policy, updater.optimizer))
         sync.connect(policy, assemble.identity(config, inputs.tokenizer, policy), version, fresh=not resuming)
         writer.begin(loop.step)
         if fleet is not None:
@@ -60,8 +63,8 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
             writer.note(f"report: {write_report([folder])}")
 
 
-def _latest(store: CheckpointStore, folder: Path) -> Path:
-    latest = store.latest()
+def _latest(store: CheckpointStore, folder: Path, ranks: Ranks) -> Path:
+    latest = store.latest(say if ranks.is_main else lambda _: None)
     if latest is None:
         raise ValueError(f"--resume: {folder} holds no whole checkpoint")
     return latest

@@ -13,7 +13,8 @@ def choose_folder(run: RunSettings, stem: str, resume: str, now: datetime) -> tu
     """`(folder, whether it is gone on with)`; `stem` names runs that have no name of their own.
 
     `resume` is empty for a new run, `auto` for the newest run of the same name or stem if there is one, else a
-    folder. ValueError where a folder is missing, or a new run would write into an old one.
+    folder; one that was stopped before its first checkpoint begins anew. ValueError where a folder is missing, or a
+    new run would write into an old one.
     """
     root = Path(run.dir)
     if resume == AUTO:
@@ -21,9 +22,10 @@ def choose_folder(run: RunSettings, stem: str, resume: str, now: datetime) -> tu
         return (newest, True) if newest else (root / (run.name or _stamped(stem, now)), False)
     if resume:
         folder = Path(resume)
-        if not (folder / "checkpoints").is_dir():
-            raise ValueError(f"--resume: {folder} holds no checkpoints")
-        return folder, True
+        has_checkpoint = any((folder / "checkpoints").glob("step-*"))
+        if not has_checkpoint and not (folder / "metrics.jsonl").exists():
+            raise ValueError(f"--resume: {folder} holds no run")
+        return folder, has_checkpoint
     folder = root / (run.name or _stamped(stem, now))
     if (folder / "metrics.jsonl").exists():
         raise ValueError(f"run.name: {folder} holds a run already; go on with --resume {folder} or choose another name")
