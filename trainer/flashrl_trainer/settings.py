@@ -101,6 +101,12 @@ class DataSettings(Section):
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are skipped and reported")
     shuffle_seed: int = Field(0, ge=0, description="Order of the training rows; every epoch has its own")
     reward: str = Field("numeric", min_length=1, description="Name of a reward, or `package.module:function`")
+    reward_timeout_s: float = Field(
+        10.0, gt=0, description="Limit for one call of `package.module:function`, which runs in processes of its own"
+    )
+    reward_max_failures: int = Field(
+        32, ge=0, description="Failures of it in a row (error, too slow, no finite number) that end the run; 0: none"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
