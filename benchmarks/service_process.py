@@ -98,7 +98,7 @@ def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> It
     http_port, weights_port = _free_port(), _free_port()
     values = {"port": http_port, "weights_port": weights_port} | settings
     variables = {f"FLASHRL_ROLLOUT_{name.upper()}": str(value) for name, value in values.items()}
-    with log.open("wb") as out:
+    with _ending_on_sigterm(), log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdout=out,
@@ -112,6 +112,16 @@ def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> It
             yield running
         finally:
             _stop(process)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM, as from `timeout`, unwinds this process: else its services, in sessions of their own, would stay."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
