@@ -98,10 +98,10 @@ class Fleet:
             was_in_use = replica.fence(reason, error)
             replica.wants_snapshot = False
             self.fences += was_in_use
-            others = sum(other.is_in_use for other in self._replicas)
+            in_use = sum(other.is_in_use for other in self._replicas)
             self._changed.notify_all()
-        if was_in_use and len(self.replicas) > 1:
-            self.note(f"{replica.url} gets no prompts until it is back: {reason}; {others} others are in use")
+        if was_in_use:
+            self.note(f"{replica.url} gets no prompts: {reason} ({in_use} of {len(self.replicas)} in use)")
 
     def admit(self, replica: Replica, info: WeightsInfo) -> bool:
         """Take a replica into use if it holds the target."""
@@ -114,8 +114,8 @@ class Fleet:
             if all(other.is_in_use for other in self._replicas):
                 self._snapshot = None
             self._changed.notify_all()
-        if not was_in_use and len(self.replicas) > 1 and self.target is not None:
-            self.note(f"{replica.url} is in use at version {held.version} after {seconds:.1f} s without")
+        if not was_in_use and self.target is not None:
+            self.note(f"{replica.url} is in use at version {held.version}, after {seconds:.1f} s without prompts")
         return True
 
     def update_for(self, info: WeightsInfo) -> Outgoing | None:

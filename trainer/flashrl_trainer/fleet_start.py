@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 
 from flashrl_trainer.discovery import finder
 from flashrl_trainer.fleet import Fleet
 from flashrl_trainer.interrupt import Interrupt
+from flashrl_trainer.jobs import spawn
 from flashrl_trainer.keeper import Keeper
 from flashrl_trainer.publisher import Publisher, load_curve_keys
 from flashrl_trainer.replica import Replica
@@ -16,6 +19,7 @@ from flashrl_trainer.token_file import read_token
 
 RETRY_S = 5.0  # for a single call; what takes longer is the keeper's business
 _SAY_EVERY_S = 10.0
+_POLL_S = 0.2
 
 Say = Callable[[str], None]
 
@@ -40,11 +44,10 @@ def open_fleet(config: TrainerConfig, run_id: str, interrupt: Interrupt, say: Sa
     """
     find, make = finder(config.rollout), replica_maker(config, run_id)
     deadline_s = config.rollout.connect_deadline_s
-    end = time.monotonic() + deadline_s
     with interrupt.anywhere():
-        urls = _found(find, config.rollout.discover, end)
+        urls = _found(find, config.rollout.discover, time.monotonic() + deadline_s)
         fleet = Fleet(map(make, urls), deadline_s=deadline_s, straggler_s=config.sync.straggler_s, note=say)
-        _wait_ready(fleet, end, deadline_s, say)
+        _wait_ready(fleet, deadline_s, say)
     Keeper(fleet, find, make).start()
     return fleet
 
@@ -57,14 +60,16 @@ def _found(find: Callable[[], list[str]], name: str, end: float) -> list[str]:
     return urls
 
 
-def _wait_ready(fleet: Fleet, end: float, deadline_s: float, say: Say) -> None:
-    failures: list[ServiceUnreachableError] = []
-    for replica in fleet.replicas:
-        try:
-            replica.client.wait_ready(max(0.0, end - time.monotonic()), _sparingly(replica.url, say))
-        except ServiceUnreachableError as error:
-            failures.append(error)
-    if len(failures) == len(fleet.replicas):
+def _wait_ready(fleet: Fleet, deadline_s: float, say: Say) -> None:
+    """All at a time: each has the whole deadline."""
+    jobs = [
+        spawn(partial(replica.client.wait_ready, deadline_s, _sparingly(replica.url, say)), f"wait for {replica.url}")
+        for replica in fleet.replicas
+    ]
+    while wait(jobs, timeout=_POLL_S).not_done:
+        pass  # a signal's handler runs in between
+    failures = [error for job in jobs if (error := job.exception()) is not None]
+    if len(failures) == len(jobs):
         raise failures[0]
     for failure in failures:
         say(f"going on without one replica: {failure}")
