@@ -17,9 +17,10 @@ from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.loop import Loop, Parts, Recorder
 from flashrl_trainer.model import LOAD_ERRORS, Policy, first_line, load_policy
 from flashrl_trainer.prompts import PromptStream, RowChecks, load_eval
-from flashrl_trainer.rewards import Reward, resolve_reward
+from flashrl_trainer.rewards import REWARDS
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.sampling import DynamicSampling
+from flashrl_trainer.scoring import Scorer, make_scorer
 from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import Identity, WeightSync
@@ -32,14 +33,17 @@ class Inputs:
     """What is read before anything large is loaded."""
 
     tokenizer: Any
-    reward: Reward
+    scorer: Scorer
     prompts: PromptStream
     eval_prompts: list[Prompt]
 
 
 def read_inputs(config: TrainerConfig, on_bad_row: Callable[[str], None]) -> Inputs:
-    """Tokenizer, reward and data; ValueError names the setting that is wrong."""
-    reward = resolve_reward(config.data.reward)
+    """Tokenizer, data, and a scorer that is yet to be started; ValueError names the setting that is wrong.
+
+    `on_bad_row` hears a line of each row that is skipped, and of rewards that fail.
+    """
+    scorer = make_scorer(config.data, on_bad_row)
     tokenizer = load_tokenizer(config.model.path)
 
     def count_tokens(prompt: str | list[dict[str, str]]) -> int:
@@ -47,10 +51,11 @@ def read_inputs(config: TrainerConfig, on_bad_row: Callable[[str], None]) -> Inp
             return len(tokenizer(prompt)["input_ids"])
         return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
 
-    checks = RowChecks(count_tokens, lambda answer: reward("", answer), on_bad_row)
+    built_in = REWARDS.get(config.data.reward)  # a user's reward may be slow, and need not bear an empty text
+    checks = RowChecks(count_tokens, (lambda answer: built_in("", answer)) if built_in else None, on_bad_row)
     prompts = PromptStream(config.data, checks)
     evaluated = load_eval(config.data, config.eval.problems, checks) if config.eval.every else []
-    return Inputs(tokenizer, reward, prompts, evaluated)
+    return Inputs(tokenizer, scorer, prompts, evaluated)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -100,7 +105,7 @@ def make_balancer(config: TrainerConfig, fleet: Fleet) -> Balancer:
     return Balancer(fleet, deadline_s=config.rollout.connect_deadline_s)
 
 
-def make_collector(config: TrainerConfig, balancer: Balancer | None, reward: Reward) -> Collector:
+def make_collector(config: TrainerConfig, balancer: Balancer | None, scorer: Scorer) -> Collector:
     """Sampling with the settings of training; the balancer is rank 0's."""
     settings = messages.Sampling(
         temperature=config.sampling.temperature, max_tokens=config.sampling.max_tokens, seed=config.run.seed
@@ -108,7 +113,7 @@ def make_collector(config: TrainerConfig, balancer: Balancer | None, reward: Rew
     overlong = None
     if config.algorithm.overlong == "soft":
         overlong = Overlong(config.algorithm.overlong_buffer, config.algorithm.overlong_factor)
-    return Collector(balancer, reward, settings, config.sampling.samples_per_prompt, overlong)
+    return Collector(balancer, scorer, settings, config.sampling.samples_per_prompt, overlong)
 
 
 def make_loop(
@@ -145,7 +150,7 @@ def make_loop(
         policy=policy,
         updater=updater,
         sync=sync,
-        collector=make_collector(config, make_balancer(config, fleet) if fleet else None, inputs.reward),
+        collector=make_collector(config, make_balancer(config, fleet) if fleet else None, inputs.scorer),
         sampling=sampling,
         prompts=prompts,
         eval_prompts=inputs.eval_prompts,

@@ -60,14 +60,21 @@ def evaluate(
     config: Config,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="An exported folder on the service's disk to evaluate; else what it serves")
+        Path | None,
+        typer.Option(
+            help="Folder to evaluate: an export, read by the service from its disk; with --bf16 also a run's "
+            "checkpoints/step-N. Else what the service holds, with --bf16 model.path"
+        ),
     ] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Generate here, in full precision, with transformers: no service")
+    ] = False,
 ) -> None:
-    """Accuracy on data.eval through the service: sampled at temperature 1, and greedy."""
+    """Accuracy on data.eval: sampled at temperature 1 with pass@k, and greedy, each with its 95 % interval."""
     settings = _load(config, overrides)
-    from flashrl_trainer.commands import evaluate as run
+    from flashrl_trainer.evaluate import evaluate as run
 
-    run(settings, checkpoint)
+    run(settings, checkpoint, bf16=bf16)
 
 
 @app.command()

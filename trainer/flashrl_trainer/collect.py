@@ -10,9 +10,10 @@ import torch
 
 from flashrl_trainer.algorithm.shaping import soft_overlong_penalty
 from flashrl_trainer.balancer import Balancer
-from flashrl_trainer.rewards import Reward
+from flashrl_trainer.eval_scores import EvalScores
 from flashrl_trainer.samples import Completion, Group, Prompt, Sample
 from flashrl_trainer.sampling import DynamicSampling, SampledStep
+from flashrl_trainer.scoring import Answer, Scorer
 from flashrl_wire import messages
 
 PROMPTS_PER_REQUEST = 8
@@ -29,24 +30,20 @@ class Overlong:
     factor: float
 
 
-@dataclass(frozen=True)
-class EvalScores:
-    """Mean rewards on the evaluation set: sampled at temperature 1, and greedy (None: not asked for)."""
-
-    accuracy: float
-    greedy: float | None
-    num_samples: int
-
-
 class Collector:
     """Draws samples for prompts; `drawn` counts them, so that every sample of a run has a seed of its own."""
 
     def __init__(
-        self, balancer: Balancer | None, reward: Reward, sampling: messages.Sampling, n: int, overlong: Overlong | None
+        self, balancer: Balancer | None, scorer: Scorer, sampling: messages.Sampling, n: int, overlong: Overlong | None
     ) -> None:
-        self._balancer, self._reward, self._sampling, self._n, self._overlong = balancer, reward, sampling, n, overlong
+        self._balancer, self._scorer, self._sampling, self._n, self._overlong = balancer, scorer, sampling, n, overlong
         self.drawn = 0
         self._unanswered: list[Prompt] = []
+
+    @property
+    def failed_rewards(self) -> int:
+        """So far; the groups they are in were left out."""
+        return self._scorer.failed
 
     def fill(
         self,
@@ -68,25 +65,34 @@ class Collector:
         return sampling.finish_step()
 
     def sample(self, prompts: Sequence[Prompt], weight_version: int, on_progress: Progress) -> list[Group]:
-        """One group a prompt, drawn from weights of at least `weight_version`."""
+        """One group a prompt, drawn from weights of at least `weight_version`, but for groups with a failed reward."""
         settings = self._sampling.model_copy(update={"seed": self._seed()})
         replies = self._ask(prompts, settings, self._n, weight_version, on_progress)
         self.drawn += len(prompts) * self._n
+        scored = zip(prompts, replies, self._score(prompts, replies), strict=True)
         return [
-            self._group(prompt, result, version) for prompt, (result, version) in zip(prompts, replies, strict=True)
+            self._group(prompt, result, version, [reward for reward in rewards if reward is not None])
+            for prompt, (result, version), rewards in scored
+            if None not in rewards  # without one, what the others' rewards are worth is not known
         ]
 
     def evaluate(
         self, prompts: Sequence[Prompt], *, n: int, greedy: bool, max_tokens: int, version: int, on_progress: Progress
     ) -> EvalScores:
-        """Mean reward of n samples a prompt at temperature 1 (the same seeds every time), and of one greedy answer."""
+        """Rewards of n samples a prompt at temperature 1 (the same seeds every time), and of one greedy answer.
+
+        A reward that fails counts as 0.
+        """
         settings = messages.Sampling(temperature=1.0, max_tokens=max_tokens, seed=0)
         sampled = self._ask(prompts, settings, n, version, on_progress)
         best = None
         if greedy:
             settings = messages.Sampling(temperature=0.0, max_tokens=max_tokens)
-            best = self._mean(prompts, self._ask(prompts, settings, 1, version, on_progress))
-        return EvalScores(self._mean(prompts, sampled), best, len(prompts) * n)
+            best = self._score(prompts, self._ask(prompts, settings, 1, version, on_progress))
+        return EvalScores(
+            [[reward or 0.0 for reward in rewards] for rewards in self._score(prompts, sampled)],
+            None if best is None else [reward or 0.0 for (reward,) in best],
+        )
 
     def _seed(self) -> int:
         return ((self._sampling.seed or 0) * 0x9E3779B1 + self.drawn) % _MAX_SEED
@@ -116,12 +122,11 @@ class Collector:
         replies = self._balancer.generate(requests, count)
         return [(result, reply.weight_version) for reply in replies for result in reply.results]
 
-    def _group(self, prompt: Prompt, result: messages.GenerateResult, version: int) -> Group:
-        samples = [self._scored(prompt, completion) for completion in result.completions]
+    def _group(self, prompt: Prompt, result: messages.GenerateResult, version: int, rewards: list[float]) -> Group:
+        samples = [self._shaped(*scored) for scored in zip(result.completions, rewards, strict=True)]
         return Group(prompt, result.prompt_token_ids, samples, version)
 
-    def _scored(self, prompt: Prompt, completion: messages.Completion) -> Sample:
-        reward = self._reward(completion.text, prompt.answer)
+    def _shaped(self, completion: messages.Completion, reward: float) -> Sample:
         penalty = 0.0
         if self._overlong is not None:
             length = torch.tensor([len(completion.token_ids)])
@@ -129,13 +134,17 @@ class Collector:
             penalty = float(soft_overlong_penalty(length, limit, buffer, factor))
         return Sample(_completion(completion), reward, reward + penalty)
 
-    def _mean(self, prompts: Sequence[Prompt], replies: Sequence[tuple[messages.GenerateResult, int]]) -> float:
-        rewards = [
-            self._reward(completion.text, prompt.answer)
+    def _score(
+        self, prompts: Sequence[Prompt], replies: Sequence[tuple[messages.GenerateResult, int]]
+    ) -> list[list[float | None]]:
+        """Rewards of each prompt's completions, None where one failed."""
+        answers = [
+            Answer(prompt.id, completion.text, prompt.answer)
             for prompt, (result, _) in zip(prompts, replies, strict=True)
             for completion in result.completions
         ]
-        return sum(rewards) / len(rewards)
+        rewards = iter(self._scorer.score(answers))
+        return [[next(rewards) for _ in result.completions] for result, _ in replies]
 
 
 def _completion(message: messages.Completion) -> Completion:

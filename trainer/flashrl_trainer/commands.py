@@ -39,6 +39,8 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
         if resume not in ("", AUTO) and not resuming and ranks.is_main:
             say(f"--resume: {folder} has no checkpoint yet; it begins anew")
         inputs = assemble.read_inputs(config, say if ranks.is_main else lambda _: None)
+        stack.callback(inputs.scorer.close)
+        ranks.on_main(inputs.scorer.start)
         run_id = folder.name[:64]
         fleet = _open_fleet(config, ranks, run_id, interrupt)
         writer = stack.enter_context(MetricsWriter(folder, config, active=ranks.is_main, open_mirror=open_mirrors))
@@ -93,34 +95,6 @@ def _open_fleet(config: TrainerConfig, ranks: Ranks, run_id: str, interrupt: Int
     return opened[0] if opened else None
 
 
-def evaluate(config: TrainerConfig, checkpoint: Path | None) -> None:
-    """Print accuracy through the service as it is, or after loading `checkpoint` into it."""
-    if not config.data.eval:
-        raise ValueError("data.eval: needed for an evaluation")
-    inputs = assemble.read_inputs(_with(config, "eval", every=max(1, config.eval.every)), say)
-    fleet = open_fleet(config, "eval", Interrupt(), say)
-    if checkpoint is not None:
-        _load_checkpoint(fleet, checkpoint, config.sync.transfer_deadline_s)
-    scores = assemble.make_collector(config, assemble.make_balancer(config, fleet), inputs.reward).evaluate(
-        inputs.eval_prompts,
-        n=config.eval.samples_per_problem,
-        greedy=config.eval.greedy,
-        max_tokens=config.eval.max_tokens or config.sampling.max_tokens,
-        version=0,
-        on_progress=lambda done, total: None,
-    )
-    greedy = "" if scores.greedy is None else f", greedy {scores.greedy:.1%}"
-    fleet.close("eval")
-    print(f"{len(inputs.eval_prompts)} problems: sampled {scores.accuracy:.1%} ({scores.num_samples} samples){greedy}")
-
-
-def _load_checkpoint(fleet: Fleet, checkpoint: Path, timeout_s: float) -> None:
-    for replica in fleet.replicas:
-        version = replica.client.weights().version + 1
-        reply = replica.client.load_checkpoint(str(checkpoint.resolve()), version, timeout_s)
-        say(f"{checkpoint} is version {reply.version} at {replica.url} now, digest {reply.digest}")
-
-
 CHECK_PROMPTS = 16
 CHECK_UPDATES = 2
 
@@ -131,6 +105,8 @@ def check_sync(config: TrainerConfig) -> None:
     with ExitStack() as stack:
         ranks, interrupt = _start(config, stack)
         inputs = assemble.read_inputs(_with(config, "eval", every=0), say)
+        stack.callback(inputs.scorer.close)
+        inputs.scorer.start()
         fleet = open_fleet(config, "check-sync", interrupt, say)
         stack.callback(fleet.close, "check-sync")
         policy = assemble.make_policy(config, ranks)
@@ -138,7 +114,7 @@ def check_sync(config: TrainerConfig) -> None:
         sync.connect(policy, assemble.identity(config, inputs.tokenizer, policy), 0, fresh=False)
         prompts = inputs.prompts.next(CHECK_PROMPTS)
         balancer = assemble.make_balancer(config, fleet)
-        collector = assemble.make_collector(config, balancer, inputs.reward)
+        collector = assemble.make_collector(config, balancer, inputs.scorer)
         before, version, digest = greedy_tokens(balancer, prompts, config), sync.version, sync.digest
         updater = Updater(policy, ranks, config.algorithm, config.optim)
         for step in range(1, CHECK_UPDATES + 1):

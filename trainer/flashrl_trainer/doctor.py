@@ -87,6 +87,8 @@ def _run_folder(config: TrainerConfig) -> str:
 
 def _data(config: TrainerConfig) -> str:
     inputs = assemble.read_inputs(config, lambda line: None)
+    inputs.scorer.start()
+    inputs.scorer.close()
     first = inputs.prompts.next(1)[0]
     return f"{config.data.train} readable (first prompt {first.id}), {len(inputs.eval_prompts)} problems to evaluate on"
 

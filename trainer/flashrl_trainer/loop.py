@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from flashrl_trainer.checkpoint import CheckpointStore
-from flashrl_trainer.collect import Collector, EvalScores, Progress
+from flashrl_trainer.collect import Collector, Progress
 from flashrl_trainer.distributed import Ranks
+from flashrl_trainer.eval_scores import EvalScores
 from flashrl_trainer.fleet import NeedsSnapshotError
 from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.model import Policy
@@ -18,6 +19,7 @@ from flashrl_trainer.optimizer import SkippedStepsError
 from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.sampling import DynamicSampling, NoMixedGroupsError, SampledStep
+from flashrl_trainer.scoring import RewardFailedError
 from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import WeightSync
@@ -26,7 +28,14 @@ from flashrl_wire.errors import WireError
 Row = dict[str, float | None]
 T = TypeVar("T")
 
-STOPS = (KeyboardInterrupt, ServiceUnreachableError, WireError, NoMixedGroupsError, SkippedStepsError)
+STOPS = (
+    KeyboardInterrupt,
+    ServiceUnreachableError,
+    WireError,
+    NoMixedGroupsError,
+    RewardFailedError,
+    SkippedStepsError,
+)
 """What ends a run between two movements of the weights, so that it can be gone on with."""
 
 MAX_REPAIRS = 3  # for one request: a service that loses its weights again and again is broken
@@ -134,20 +143,26 @@ class Loop:
 
     def _train(self, step: int) -> tuple[Row, BaseException | None]:
         """The step's row, and what kept the service from getting its weights."""
-        start = time.monotonic()
+        start, failed = time.monotonic(), self._p.collector.failed_rewards
         sampled = self._collect()
         collected = time.monotonic()
         totals = self._p.updater.step(sampled.groups, step, self._p.sync.version)
         metrics = totals.metrics(self._p.ranks)
+        updated = time.monotonic()
         self.step = step
         synced, stop = self._publish()
+        published = time.monotonic()
         row: Row = {
             **sampled.metrics(),
             **metrics,
             **synced,
             "lr": self._p.updater.learning_rate(step),
             "perf/rollout_tokens_per_s": sampled.counts.response_tokens / (collected - start),
-            "perf/step_seconds": time.monotonic() - start,
+            "perf/step_seconds": published - start,
+            "perf/sampling_seconds": collected - start,
+            "perf/training_seconds": updated - collected,
+            "perf/publishing_seconds": published - updated,
+            "reward/failed": self._p.collector.failed_rewards - failed,
         }
         if self._p.ranks.is_main:
             self._p.recorder.samples(step, sampled)
@@ -209,12 +224,9 @@ class Loop:
         return synced, None
 
     def _evaluate(self) -> Row:
+        start = time.monotonic()
         scores = self._ask(self._scores)
-        return {
-            "eval/accuracy": scores.accuracy,
-            "eval/greedy": scores.greedy,
-            "eval/samples": scores.num_samples,
-        }
+        return scores.metrics() | {"perf/evaluating_seconds": time.monotonic() - start}
 
     def _scores(self) -> EvalScores:
         settings = self._p.config.eval

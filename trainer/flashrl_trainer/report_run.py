@@ -1,14 +1,12 @@
 """A run's rows as series and as the numbers that sum it up. Knows nothing of files, plots or pages."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from flashrl_trainer.eval_scores import wilson_interval
 from flashrl_trainer.metric_rows import Row
 from flashrl_trainer.units import format_bytes, format_seconds
-
-Z_95 = 1.959964  # standard normal quantile at 97.5 %
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,6 @@ class Run:
         count = int(row.get("eval/samples") or self.eval_samples)
         accuracy = row["eval/accuracy"]
         return wilson_interval(accuracy, count) if count and accuracy is not None else None
-
-
-def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
-    """95 % interval of a binomial fraction out of `count` (E. B. Wilson, JASA 22, 1927); fits at 0 and 1 too."""
-    z2 = Z_95**2 / count
-    center = (fraction + z2 / 2) / (1 + z2)
-    half = Z_95 / (1 + z2) * math.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def summary(run: Run) -> dict[str, str]:

@@ -240,6 +240,7 @@ class EvalSettings(Section):
     samples_per_problem: int = Field(1, ge=1, description="Samples averaged in eval/accuracy, at temperature 1")
     greedy: bool = Field(True, description="Also one greedy answer each: eval/greedy")
     max_tokens: int = Field(0, ge=0, description="Limit of a response; 0: as `sampling.max_tokens`")
+    bf16_batch: int = Field(64, ge=1, description="Sequences that `eval --bf16` generates at a time")
 
 
 class CheckpointSettings(Section):
