@@ -4,7 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from tests.helpers.sync_rig import CONFIG, Fleets, Start, load, starter
 from tests.helpers.workshop import Straight, Workshop
+from transformers import AutoModelForCausalLM
+
+from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
+from flashrl_trainer.model import Policy
 
 
 @pytest.fixture
@@ -26,3 +32,39 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     finally:
         workshop.end()
     return Straight(workshop.run_folder(), ended, weights["digest"], weights["version"])
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """One rank in this process."""
+    yield start_ranks("cpu", timeout_s=30)
+    stop_ranks()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that trainer and service start from."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(folder: Path, ranks: Ranks) -> Policy:
+    """As it was saved."""
+    return load(folder, ranks)
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Start:
+    """Starts services at version 0, with settings."""
+    return starter(folder, tmp_path)
+
+
+@pytest.fixture
+def fleets() -> Iterator[Fleets]:
+    """Makes fleets."""
+    fleets = Fleets()
+    yield fleets
+    fleets.end()

@@ -140,8 +140,8 @@ def test_weights_that_an_audit_finds_damaged_are_sent_again(straight: Straight, 
 
 def test_service_that_damages_its_weights_every_time_ends_the_run(workshop: Workshop) -> None:
     with live(lambda: open_folder(MODEL, kind=DamagedBehindEveryCommit), workshop.folder, audit_every=1) as service:
-        ended = workshop.trainer(service.url).wait()
+        url, ended = service.url, workshop.trainer(service.url).wait()
     assert (ended.code, no_traceback(ended)) == (1, True), ended.errors
-    assert ended.errors.splitlines()[-1].endswith(f"{service.url}: poisoned")
+    assert ended.errors.splitlines()[-1] == f"error: rollout service at {url}: poisoned"
     assert ended.output.count("the service lost its weights; sending them again") == 3
     assert checkpoints(workshop.run_folder()) == ["step-000001"]
