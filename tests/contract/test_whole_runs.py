@@ -7,10 +7,11 @@ rows and digests mean equal weights at every step.
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import torch
-from tests.helpers.workshop import MODEL, STEM, STEPS, Straight, Workshop, rows, state, timeless
+from tests.helpers.workshop import MODEL, STEM, STEPS, Straight, Workshop, rows, state, timeless, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flashrl_rollout import stored_state
@@ -98,3 +99,29 @@ def truncate(checkpoint: Path) -> None:
     largest = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size - 1)
+
+
+def test_run_that_samples_ahead_trains_on_samples_of_one_version_ago(workshop: Workshop) -> None:
+    service = workshop.service(token_s=0.002)
+    ended = workshop.trainer(service.url, algorithm__max_staleness=1).wait()
+    assert ended.code == 0, ended.errors
+    trained = rows(workshop.run_folder())[1:]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    assert trained[0]["staleness/max"] == 0
+    assert [row["staleness/max"] for row in trained[1:]] == [1, 1, 1]
+    assert [row["weight_version"] for row in trained] == [1, 2, 3, 4]
+    assert service.weights()["digest"] == state(workshop.run_folder(), 4)["digest"]
+
+
+def test_interrupted_run_that_samples_ahead_goes_on(workshop: Workshop) -> None:
+    service = workshop.service(token_s=0.02)
+    trainer = workshop.trainer(service.url, algorithm__max_staleness=1)
+    until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 3, trainer)
+    trainer.signal(signal.SIGINT)
+    ended = trainer.wait()
+    assert ended.code == 130, ended.errors
+    assert "Traceback" not in ended.errors
+    assert not service.is_sampling
+    resumed = workshop.trainer(service.url, f"--resume={workshop.run_folder()}", algorithm__max_staleness=1).wait()
+    assert resumed.code == 0, resumed.errors
+    assert [row["step"] for row in rows(workshop.run_folder())] == [0, 1, 2, 3, 4]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from flashrl_trainer.ahead import Ahead
 from flashrl_trainer.balancer import Balancer
 from flashrl_trainer.checkpoint import CheckpointStore
 from flashrl_trainer.collect import Collector, Overlong
@@ -22,6 +23,7 @@ from flashrl_trainer.samples import Prompt
 from flashrl_trainer.sampling import DynamicSampling
 from flashrl_trainer.scoring import Scorer, make_scorer
 from flashrl_trainer.settings import TrainerConfig
+from flashrl_trainer.source import InTurn, Sampler, Source
 from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import Identity, WeightSync
 from flashrl_wire import messages
@@ -116,6 +118,24 @@ def make_collector(config: TrainerConfig, balancer: Balancer | None, scorer: Sco
     return Collector(balancer, scorer, settings, config.sampling.samples_per_prompt, overlong)
 
 
+def make_source(
+    config: TrainerConfig, collector: Collector, prompts: PromptStream, balancer: Balancer | None
+) -> Source:
+    """Sampling in turn with training, or ahead of it."""
+    ahead = config.algorithm.max_staleness
+    sampling = DynamicSampling(
+        config.sampling.prompts_per_step,
+        config.sampling.max_attempts,
+        max(ahead, config.sampling.surplus_max_age),
+        keep_surplus=config.sampling.keep_surplus,
+        keep_uniform=not config.sampling.dynamic,
+    )
+    sampler = Sampler(collector, sampling, prompts)
+    if ahead == 0 or balancer is None:
+        return InTurn(sampler)
+    return Ahead(sampler, ahead, config.run.steps or None, balancer.cancel)
+
+
 def make_loop(
     config: TrainerConfig,
     ranks: Ranks,
@@ -130,14 +150,9 @@ def make_loop(
     """The loop, and the two parts that resuming needs too."""
     updater = Updater(policy, ranks, config.algorithm, config.optim)
     store = CheckpointStore(folder / "checkpoints", ranks, config.checkpoint.keep)
-    sampling = DynamicSampling(
-        config.sampling.prompts_per_step,
-        config.sampling.max_attempts,
-        max(config.algorithm.max_staleness, config.sampling.surplus_max_age),
-        keep_surplus=config.sampling.keep_surplus,
-        keep_uniform=not config.sampling.dynamic,
-    )
     prompts = inputs.prompts
+    balancer = make_balancer(config, fleet) if fleet else None
+    collector = make_collector(config, balancer, inputs.scorer)
 
     def is_last(step: int) -> bool:
         if config.run.steps:
@@ -150,9 +165,8 @@ def make_loop(
         policy=policy,
         updater=updater,
         sync=sync,
-        collector=make_collector(config, make_balancer(config, fleet) if fleet else None, inputs.scorer),
-        sampling=sampling,
-        prompts=prompts,
+        collector=collector,
+        source=make_source(config, collector, prompts, balancer),
         eval_prompts=inputs.eval_prompts,
         store=store,
         recorder=recorder,

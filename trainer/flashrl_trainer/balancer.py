@@ -5,9 +5,10 @@ or weights.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import httpx
 
@@ -29,17 +30,42 @@ class Balancer:
 
     def __init__(self, fleet: Fleet, *, deadline_s: float) -> None:
         self._fleet, self._deadline_s = fleet, deadline_s
+        self._lock = threading.Lock()
+        self._rounds: set[_Round] = set()
         self.moved = 0
 
     def generate(self, requests: Sequence[GenerateRequest], on_done: OnDone = lambda _: None) -> list[GenerateResponse]:
         """Replies in the order of `requests`, sent concurrently; `on_done` is called as each arrives.
 
-        NeedsSnapshotError: no replica has the weights asked for, and only the trainer can help.
+        NeedsSnapshotError: no replica has the weights asked for, and only the trainer can help. May be called from
+        several threads; asyncio.CancelledError after `cancel`.
         """
+        began = _Round(self, self._fleet, self._deadline_s, on_done)
+        with self._lock:
+            self._rounds.add(began)
         try:
-            return asyncio.run(_Round(self, self._fleet, self._deadline_s, on_done).run(requests))
+            return asyncio.run(began.run(requests))
         except ExceptionGroup as group:  # the requests fail for one reason; the first says it
             raise group.exceptions[0] from None
+        finally:
+            with self._lock:
+                self._rounds.remove(began)
+
+    def cancel(self) -> None:
+        """Give up what other threads are waiting for."""
+        with self._lock:
+            for one in self._rounds:
+                one.cancel()
+
+    def reserve(self, replica: Replica, sequences: int) -> None:
+        """Count a request that goes to `replica`, or with a negative number one that came back."""
+        with self._lock:
+            replica.outstanding += sequences
+
+    def count_moved(self) -> None:
+        """A request was lost with its replica."""
+        with self._lock:
+            self.moved += 1
 
 
 class _Round:
@@ -51,8 +77,16 @@ class _Round:
         self._sessions: dict[str, httpx.AsyncClient] = {}
         self._requests: dict[Replica, int] = {}
         self._freed = asyncio.Condition()
+        self._task: asyncio.Task[list[GenerateResponse]] | None = None
+
+    def cancel(self) -> None:
+        """From another thread."""
+        if self._task is not None:
+            with suppress(RuntimeError):  # it has just ended
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
     async def run(self, requests: Sequence[GenerateRequest]) -> list[GenerateResponse]:
+        self._task = asyncio.current_task()
         async with self._stack, asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._one(request)) for request in requests]
         return [task.result() for task in tasks]
@@ -67,7 +101,7 @@ class _Round:
                 end = end or time.monotonic() + self._deadline_s
                 if time.monotonic() >= end:
                     raise lost.error from None
-                self._balancer.moved += 1
+                self._balancer.count_moved()
             else:
                 self._on_done(reply)
                 return reply
@@ -82,7 +116,7 @@ class _Round:
             if with_room:
                 replica = min(with_room, key=lambda r: r.outstanding)
                 self._requests[replica] = self._requests.get(replica, 0) + 1
-                replica.outstanding += _sequences(request)
+                self._balancer.reserve(replica, _sequences(request))
                 return replica
             if not able:
                 end = end or time.monotonic() + self._deadline_s
@@ -107,7 +141,7 @@ class _Round:
 
     async def _free(self, replica: Replica, request: GenerateRequest) -> None:
         self._requests[replica] -= 1
-        replica.outstanding -= _sequences(request)
+        self._balancer.reserve(replica, -_sequences(request))
         async with self._freed:
             self._freed.notify_all()
 

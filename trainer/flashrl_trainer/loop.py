@@ -18,9 +18,10 @@ from flashrl_trainer.model import Policy
 from flashrl_trainer.optimizer import SkippedStepsError
 from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_trainer.samples import Prompt
-from flashrl_trainer.sampling import DynamicSampling, NoMixedGroupsError, SampledStep
+from flashrl_trainer.sampling import NoMixedGroupsError, SampledStep
 from flashrl_trainer.scoring import RewardFailedError
 from flashrl_trainer.settings import TrainerConfig
+from flashrl_trainer.source import Drawn, Source
 from flashrl_trainer.update import Updater
 from flashrl_trainer.weight_sync import WeightSync
 from flashrl_wire.errors import WireError
@@ -41,14 +42,6 @@ STOPS = (
 MAX_REPAIRS = 3  # for one request: a service that loses its weights again and again is broken
 
 
-class Prompts(Protocol):
-    """An endless, resumable stream of training prompts."""
-
-    def next(self, n: int) -> list[Prompt]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Recorder(Protocol):
     """Where a run's numbers go."""
 
@@ -60,7 +53,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a loop is made of; `collector`, `prompts`, `recorder` are used on rank 0 only."""
+    """What a loop is made of; `collector`, `source`, `recorder` are used on rank 0 only."""
 
     config: TrainerConfig
     ranks: Ranks
@@ -68,8 +61,7 @@ class Parts:
     updater: Updater
     sync: WeightSync
     collector: Collector
-    sampling: DynamicSampling
-    prompts: Prompts
+    source: Source
     eval_prompts: Sequence[Prompt]
     store: CheckpointStore
     recorder: Recorder
@@ -97,17 +89,13 @@ class Loop:
             "weight_version": self._p.sync.version,
             "digest": self._p.sync.digest,
             "published": self._published,
-            "drawn": self._p.collector.drawn,
-            "prompts": self._p.prompts.state_dict(),
-            "sampling": self._p.sampling.state_dict(),
+            **self._p.source.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Go on from a boundary; the weight version that the policy has there, or would have got next."""
         self.step = state["step"]
-        self._p.collector.drawn = state["drawn"]
-        self._p.prompts.load_state_dict(state["prompts"])
-        self._p.sampling.load_state_dict(state["sampling"])
+        self._p.source.load_state_dict(state)
         return int(state["weight_version"]) + (not state["published"])
 
     def run(self) -> None:
@@ -121,9 +109,12 @@ class Loop:
             while not self._finished:
                 self._one()
         except STOPS:
+            self._p.source.stop()
             if not self._p.interrupt.insisted:
                 self._save("stopped")
             raise
+        finally:
+            self._p.source.stop()
 
     def _one(self) -> None:
         row, stop = self._train(self.step + 1)
@@ -144,20 +135,23 @@ class Loop:
     def _train(self, step: int) -> tuple[Row, BaseException | None]:
         """The step's row, and what kept the service from getting its weights."""
         start, failed = time.monotonic(), self._p.collector.failed_rewards
-        sampled = self._collect()
+        drawn = self._collect()
+        sampled = drawn.sampled
         collected = time.monotonic()
         totals = self._p.updater.step(sampled.groups, step, self._p.sync.version)
         metrics = totals.metrics(self._p.ranks)
         updated = time.monotonic()
         self.step = step
         synced, stop = self._publish()
+        if stop is None:
+            self._p.source.trained(self._p.sync.version)
         published = time.monotonic()
         row: Row = {
             **sampled.metrics(),
             **metrics,
             **synced,
             "lr": self._p.updater.learning_rate(step),
-            "perf/rollout_tokens_per_s": sampled.counts.response_tokens / (collected - start),
+            "perf/rollout_tokens_per_s": sampled.counts.response_tokens / drawn.seconds,
             "perf/step_seconds": published - start,
             "perf/sampling_seconds": collected - start,
             "perf/training_seconds": updated - collected,
@@ -168,20 +162,16 @@ class Loop:
             self._p.recorder.samples(step, sampled)
         return row, stop
 
-    def _collect(self) -> SampledStep:
+    def _collect(self) -> Drawn:
         """One step's groups, the same on every rank."""
-        self._p.sampling.begin_step(self._p.sync.version)
-        sampled = self._ask(self._fill)
+        drawn = self._ask(lambda: self._p.source.take(self._p.sync.version, self._phase("sampling")))
+        sampled = drawn.sampled
         if sampled.missing and self._p.ranks.is_main:
             self._p.recorder.note(
                 f"step {self.step + 1}: {sampled.missing} of {self._p.config.sampling.prompts_per_step} groups "
                 f"are missing after {sampled.counts.attempts} attempts; going on with the others"
             )
-        return sampled
-
-    def _fill(self) -> SampledStep:
-        progress = self._phase("sampling")
-        return self._p.collector.fill(self._p.sampling, self._p.prompts.next, self._p.sync.version, progress)
+        return drawn
 
     def _ask(self, sample: Callable[[], T]) -> T:
         """What rank 0 gets from `sample`, on every rank; a service that has lost the policy is given it again."""

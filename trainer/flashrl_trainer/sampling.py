@@ -67,6 +67,7 @@ class SampledStep:
             "response/mean_tokens": self.counts.response_tokens / num_samples,
             "staleness/mean": sum(ages) / len(ages),
             "staleness/max": max(ages),
+            "staleness/dropped_groups": self.counts.groups_stale,
         }
 
 

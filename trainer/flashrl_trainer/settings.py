@@ -184,7 +184,11 @@ class AlgorithmSettings(Section):
     overlong_buffer: int = Field(512, ge=1, description="Tokens before the limit over which the penalty grows")
     overlong_factor: float = Field(1.0, ge=0, description="The penalty at the limit")
     filtered_in_group_mean: bool = Field(True, description="Filtered samples still count in their group's mean")
-    max_staleness: int = Field(0, ge=0, description="Weight versions a sample may lag behind; see surplus_max_age")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Steps that sampling may run ahead of training; 0: they take turns",
+    )
     update_epochs: int = Field(1, ge=1, description="Passes over a step's samples")
 
     @model_validator(mode="after")
