@@ -15,6 +15,8 @@ from flashrl_wire.errors import MalformedError
 MAX_HEADER_BYTES = 4096
 MAX_FRAME_BYTES = (4 << 20) + (64 << 10)
 """ZeroMQ's MAXMSGSIZE on both sides: a block that zstd could not shrink, and its overhead."""
+# room is made for what a container claims to hold: nested ones could claim megabytes in a few thousand bytes
+_LIMITS = {"max_map_len": 8, "max_array_len": 0, "max_bin_len": 0, "max_ext_len": 0}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def unpack(header: bytes | memoryview) -> Frame:
     if len(header) > MAX_HEADER_BYTES:
         raise MalformedError(f"frame header has {len(header)} bytes, at most {MAX_HEADER_BYTES}")
     try:
-        record = msgpack.unpackb(header, strict_map_key=True)
+        record = msgpack.unpackb(header, strict_map_key=True, **_LIMITS)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise MalformedError(f"frame header is not msgpack: {error}") from error
     kind = _TYPES.get(str(record.pop("type", ""))) if isinstance(record, dict) else None

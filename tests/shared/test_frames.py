@@ -1,6 +1,7 @@
 """ZeroMQ headers: what was packed comes back, anything else is a MalformedError."""
 
 import contextlib
+import tracemalloc
 
 import msgpack
 import pytest
@@ -81,3 +82,15 @@ def test_bytes_that_are_no_msgpack_are_malformed(data: bytes) -> None:
 def test_long_headers_are_not_even_parsed() -> None:
     with pytest.raises(MalformedError, match=r"5\d{3} bytes, at most 4096"):
         frames.unpack(frames.pack(Hello("x" * 5000)))
+
+
+def test_headers_that_claim_to_hold_much_cost_little() -> None:
+    """A thousand arrays in each other, of 3,840 items each as they say, would be 31 MB of empty room."""
+    header = b"\xdc\x0f\x00" * 1360
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedError, match="not msgpack"):
+            frames.unpack(header)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()

@@ -40,4 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _qwen2(896, 4864, 24, 14, 2, vocab=151936, context=32768, tied=True),
     "qwen2.5-7b": _qwen2(3584, 18944, 28, 28, 4, vocab=152064, context=32768, tied=False),
     "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, vocab=152064, context=32768, tied=False),
+    "30m": _qwen2(384, 1536, 8, 6, 2, vocab=32768, context=8192, tied=True),
+    "135m": _qwen2(768, 3072, 12, 12, 4, vocab=40960, context=8192, tied=True),
+    "170m": _qwen2(768, 3072, 16, 12, 4, vocab=40960, context=8192, tied=True),
 }

@@ -1,0 +1,124 @@
+"""What an update costs: a delta, a snapshot and a reload from disk, by model size and by how much has changed.
+
+    python -m benchmarks.sync --json sync.json                                          # tiny, 30M, 135M shapes
+    python -m benchmarks.sync --models qwen2.5-0.5b --changed 0.1%:2% 100% --sequences 64       # on a GPU, as it is
+    python -m benchmarks.sync --models 200m --kinds snapshot --changed 100% --curve --scripted   # bulk with and without
+
+For each model a service is started as a process of its own, and gets updates from the trainer's own publisher over
+loopback. `--changed` is the share of stored elements with other bits: of codes, and after a colon of everything else. A
+snapshot follows each delta with the same weights, a reload once a model. `make`: compare and encode, in the trainer;
+`send`: begin to commit; `pause`: sampling at rest, with no request and with `--sequences` running. Each number is the
+median of `--repeats`. Knows the publisher and the service's routes; knows nothing of what is learned.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.sync_arms import Arms, Cost, Service, changed_shares, write_model
+
+HEADER = "| model | changed | kind | bytes | make s | send s | pause ms, idle | pause ms, running |"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; seconds and milliseconds are medians, `full_bytes` is what is stored."""
+
+    model: str
+    changed: str
+    kind: str
+    curve: bool
+    wire_bytes: int
+    full_bytes: int
+    make_s: float
+    send_s: float
+    idle_pause_ms: float
+    running_pause_ms: float | None
+    running: int
+
+    @classmethod
+    def of(cls, where: tuple[str, str, bool], full_bytes: int, idle: Sequence[Cost], running: Sequence[Cost]) -> "Row":
+        """From repeated measurements."""
+        pauses = [cost.pause_ms for cost in running]
+        return cls(
+            model=where[0],
+            changed=where[1],
+            kind=idle[0].kind,
+            curve=where[2],
+            wire_bytes=int(statistics.median(cost.wire_bytes for cost in idle)),
+            full_bytes=full_bytes,
+            make_s=round(statistics.median(cost.make_s for cost in idle), 4),
+            send_s=round(statistics.median(cost.send_s for cost in idle), 4),
+            idle_pause_ms=round(statistics.median(cost.pause_ms for cost in idle), 2),
+            running_pause_ms=round(statistics.median(pauses), 2) if pauses else None,
+            running=min((cost.running for cost in running), default=0),
+        )
+
+    def line(self) -> str:
+        """As a line of a Markdown table."""
+        share = f"{self.wire_bytes / 1e6:.3f} MB ({self.wire_bytes / self.full_bytes:.2%})"
+        running = "" if self.running_pause_ms is None else f"{self.running_pause_ms:.1f} ({self.running})"
+        kind = self.kind + (", CURVE" if self.curve else "")
+        cells = [self.model, self.changed, kind, share, f"{self.make_s:.3f}", f"{self.send_s:.3f}"]
+        return f"| {' | '.join([*cells, f'{self.idle_pause_ms:.1f}', running])} |"
+
+
+def measure(service: Service, model: str, args: argparse.Namespace) -> list[Row]:
+    """All rows of one service."""
+    arms = Arms(service, args.block_kib << 10, seed=0)
+    rows: list[Row] = []
+
+    def add(changed: str, make: str, share: tuple[float, float]) -> None:
+        idle = [arms.cost(make, share) for _ in range(args.repeats)]
+        with service.load(args.sequences):
+            running = [arms.cost(make, share) for _ in range(args.repeats if args.sequences else 0)]
+        rows.append(Row.of((model, changed, service.curve), arms.full_bytes, idle, running))
+        print(rows[-1].line(), flush=True)
+
+    arms.cost("delta", (0.01, 0.01))  # the first update warms up
+    for changed in args.changed:
+        for kind in ("delta", "snapshot"):
+            if kind in args.kinds:
+                add(changed, kind, changed_shares(changed))
+    if "reload" in args.kinds:
+        add("", "reload", (0.0, 0.0))
+    return rows
+
+
+def main() -> int:
+    """0 once everything is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny", "30m", "135m"], help="shapes, or folders")
+    parser.add_argument("--changed", nargs="+", default=["0.01%", "0.1%", "1%", "10%", "100%"], metavar="CODES[:REST]")
+    parser.add_argument("--kinds", nargs="+", default=["delta", "snapshot", "reload"])
+    parser.add_argument("--quantization", default="int8")
+    parser.add_argument("--device", default="auto", help="of the service and of the trainer's side")
+    parser.add_argument("--sequences", type=int, default=8, help="running while half of the commits are made; 0: none")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--block-kib", type=int, default=2048)
+    parser.add_argument("--curve", action="store_true", help="each service once without and once with encryption")
+    parser.add_argument("--scripted", action="store_true", help="the engine that computes no model")
+    parser.add_argument("--serve", default="", help="further flags of the service")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows: list[Row] = []
+    print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        for model in args.models:
+            folder = Path(model) if Path(model).is_dir() else write_model(model, Path(temporary) / model, args.device)
+            for curve in (False, True) if args.curve else (False,):
+                log = Path(temporary) / f"{folder.name}-{curve}.log"
+                with Service.started(folder, log, args, curve=curve) as service:
+                    rows += measure(service, folder.name, args)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
