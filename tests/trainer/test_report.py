@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from flashrl_trainer.eval_scores import wilson_interval
 from flashrl_trainer.metrics import METRIC_KEYS
 from flashrl_trainer.report import read_run, write_report
+from flashrl_trainer.report_phases import draw_phases, mean_seconds
 from flashrl_trainer.report_plots import FIGURES, draw
 from flashrl_trainer.report_run import summary
 
@@ -72,6 +73,51 @@ def test_the_number_of_samples_in_the_rows_beats_the_settings(run_dir: Path) -> 
     with_counts = [line | {"eval/samples": 400} for line in rows]
     run = read_run(write(run_dir, with_counts))
     assert run.eval_interval(0) == pytest.approx(wilson_interval(0.5, 400))
+
+
+def test_the_interval_in_the_rows_beats_both(run_dir: Path) -> None:
+    """It knows which samples belong to one problem."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    run = read_run(write(run_dir, [line | {"eval/accuracy_low": 0.3, "eval/accuracy_high": 0.7} for line in rows]))
+    assert run.eval_interval(-1) == (0.3, 0.7)
+
+
+def test_a_run_of_an_earlier_release_can_be_read(tmp_path: Path) -> None:
+    rows = [{"step": step, "weight_version": step, "reward/mean": step / 10} for step in (1, 2)]
+    folder = write(tmp_path / "old", [dict(line) for line in rows])
+    numbers = summary(read_run(folder))
+    assert numbers["mean reward, first → last step"] == "0.100 → 0.200"
+    assert numbers["training, tokens/s (median)"] == "not recorded"
+    assert write_report([folder]).is_file()
+
+
+def phased(folder: Path, sampling: float) -> Path:
+    seconds: dict[str, float | None] = {
+        "perf/sampling_seconds": sampling,
+        "perf/training_seconds": 3.0,
+        "perf/publishing_seconds": 1.0,
+    }
+    rows = [row(0), row(1) | seconds, row(2) | seconds | {"perf/evaluating_seconds": 4.0}]
+    return write(folder, rows)
+
+
+def test_time_is_split_by_phase_for_every_run(tmp_path: Path, run_dir: Path) -> None:
+    runs = [read_run(phased(tmp_path / "fast", 2.0)), read_run(phased(tmp_path / "slow", 6.0))]
+    assert mean_seconds(runs[0]) == {"sampling": 2.0, "training": 3.0, "publishing": 1.0, "evaluating": 2.0}
+    figure = draw_phases([*runs, read_run(run_dir)])
+    assert figure is not None
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["fast", "slow"], "the third recorded none"
+    assert [text.get_text() for text in axis.texts] == [" 8.0 s", " 12.0 s"]
+    assert draw_phases([read_run(run_dir)]) is None
+    index = write_report([tmp_path / "fast"])
+    assert (tmp_path / "fast/report/phases.png").read_bytes().startswith(PNG)
+    assert "Where the time goes" in index.read_text("utf-8")
+
+
+def test_rewards_that_failed_are_said(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", [row(1, reward__failed=2.0), row(2, reward__failed=1.0)])
+    assert summary(read_run(folder))["mean reward, first → last step"] == "0.500 → 0.500, 3 rewards failed"
 
 
 def test_without_a_known_number_of_samples_there_is_no_interval(run_dir: Path) -> None:
@@ -141,7 +187,7 @@ def test_a_run_that_is_still_writing_can_be_read(run_dir: Path) -> None:
         (json.dumps(row(0)) + "\n", r"metrics\.jsonl: no training step yet$"),
         ("garbage\n", r"metrics\.jsonl line 1: not JSON$"),
         ("[1]\n", r"metrics\.jsonl line 1: not a JSON object$"),
-        ('{"step": 1}\n', r"metrics\.jsonl: metrics of step 1: no weight_version, reward/mean, "),
+        ('{"step": 1}\n', r"metrics\.jsonl: metrics of step 1: no weight_version, reward/mean$"),
         (json.dumps(row(1, loss=float("nan"))) + "\n", r"metrics\.jsonl: metrics of step 1: loss is nan$"),
     ],
 )

@@ -106,11 +106,14 @@ def check_sync(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="A run's folder, runs/NAME")]) -> None:
-    """Plots and a summary page of a run, in its report/ folder."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: all on one page")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; else report/ in the first run's folder")] = None,
+) -> None:
+    """Plots and a summary page of a run, or of several side by side."""
     from flashrl_trainer.report import write_report
 
-    typer.echo(write_report([run_dir]))
+    typer.echo(write_report(run_dirs, out))
 
 
 def _load(path: Path | None, overrides: list[str] | None) -> TrainerConfig:

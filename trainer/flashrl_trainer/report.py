@@ -3,16 +3,19 @@
 It does not know how to draw (`report_plots`) nor how the page is laid out (`report_page`).
 """
 
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flashrl_trainer.jsonl import read_rows
-from flashrl_trainer.metric_rows import complete_row
 from flashrl_trainer.report_page import page
+from flashrl_trainer.report_phases import draw_phases
 from flashrl_trainer.report_plots import FIGURES, draw
 from flashrl_trainer.report_run import Run
+
+REQUIRED = ("step", "weight_version", "reward/mean")
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
@@ -24,9 +27,12 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     runs = [read_run(folder) for folder in run_dirs]
     folder = out or run_dirs[0] / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    images = {name: folder / f"{name}.png" for name in FIGURES}
-    for name, path in images.items():
-        draw(FIGURES[name], runs).savefig(path, dpi=110)
+    figures = {name: draw(panels, runs) for name, panels in FIGURES.items()}
+    if (phases := draw_phases(runs)) is not None:
+        figures["phases"] = phases
+    images = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(images[name], dpi=110)
     index = folder / "index.html"
     index.write_text(page(runs, images), encoding="utf-8")
     return index
@@ -40,13 +46,23 @@ def read_run(folder: Path) -> Run:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     try:
-        complete = [complete_row(row) for row in rows]
+        for row in rows:
+            _check(row)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not any(row["step"] for row in complete):
+    if not any(row["step"] for row in rows):
         raise ValueError(f"{path}: no training step yet")
     config_text, config = _config(folder / "config.toml")
-    return Run(folder.resolve().name, complete, _eval_samples(config), config_text)
+    return Run(folder.resolve().name, rows, _eval_samples(config), config_text)
+
+
+def _check(row: dict[str, Any]) -> None:
+    """ValueError for what is no row; an earlier release's has fewer keys than today's."""
+    if missing := [key for key in REQUIRED if key not in row]:
+        raise ValueError(f"metrics of step {row.get('step')}: no {', '.join(missing)}")
+    for key, value in row.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"metrics of step {row['step']}: {key} is {value}")
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -14,14 +14,16 @@ h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
 table { border-collapse: collapse }
 td, th { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #ddd }
 th { font-weight: 600 } td { font-variant-numeric: tabular-nums } img { max-width: 100% }
-details { margin-top: 1rem } summary { cursor: pointer } .wide { overflow-x: auto; font-size: .8rem }
+details { margin-top: 1rem } summary { cursor: pointer }
+.scroll, pre { overflow-x: auto } .small { font-size: .8rem }
 """
 CAPTIONS = {
     "reward": "What is learned",
     "mismatch": "How far the quantized sampler is from the trainer",
     "response": "What is sampled",
     "sync": "What an update costs",
-    "speed": "Where the time goes",
+    "speed": "How fast it goes",
+    "phases": "Where the time goes",
 }
 
 
@@ -40,7 +42,7 @@ def _summary(runs: Sequence[Run]) -> str:
     columns = [summary(run) for run in runs]
     head = _row("th", ["", *(run.name for run in runs)]) if len(runs) > 1 else ""
     body = "".join(_row("td", [name, *(column[name] for column in columns)]) for name in columns[0])
-    return f"<table>{head}{body}</table>\n"
+    return f'<div class="scroll"><table>{head}{body}</table></div>\n'
 
 
 def _figure(name: str, path: Path) -> str:
@@ -54,8 +56,8 @@ def _settings(run: Run) -> str:
 
 
 def _rows(run: Run) -> str:
-    body = "".join(_row("td", [_cell(row[key]) for key in METRIC_KEYS]) for row in run.rows)
-    table = f'<div class="wide"><table>{_row("th", METRIC_KEYS)}{body}</table></div>'
+    body = "".join(_row("td", [_cell(row.get(key)) for key in METRIC_KEYS]) for row in run.rows)
+    table = f'<div class="scroll small"><table>{_row("th", METRIC_KEYS)}{body}</table></div>'
     return f"<details><summary>All steps of {escape(run.name)}</summary>{table}</details>\n"
 
 

@@ -8,14 +8,11 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from flashrl_trainer.report_run import Run
+from flashrl_trainer.report_style import COLORS, INK, plain_axes
 from flashrl_trainer.units import format_bytes
-
-# Okabe and Ito's palette without yellow: told apart by the colour-blind, and on white
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-INK, FAINT = "#333333", "#dddddd"
 
 
 @dataclass(frozen=True)
@@ -26,12 +23,19 @@ class Panel:
     title: str
     unit: Literal["number", "percent", "bytes"] = "number"
     over: Literal["trained", "synced", "evaluated"] = "trained"
+    dashed: str = ""  # a second key to compare with
 
 
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "reward": (
         Panel("reward/mean", "Mean reward of all samples of a step"),
-        Panel("eval/accuracy", "Held-out problems solved, with 95 % intervals", "percent", "evaluated"),
+        Panel(
+            "eval/accuracy",
+            "Held-out problems solved: sampled with 95 % intervals, greedy dashed",
+            "percent",
+            "evaluated",
+            "eval/greedy",
+        ),
     ),
     "mismatch": (
         Panel("mismatch/k3_kl", "k3 KL, sampler against trainer"),
@@ -63,30 +67,43 @@ def draw(panels: Sequence[Panel], runs: Sequence[Run]) -> Figure:
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for panel, axis in zip(panels, axes, strict=True):
         for index, run in enumerate(runs):
-            _line(axis, panel, run, COLORS[index % len(COLORS)])
+            _line(
+                axis,
+                panel,
+                run,
+                COLORS[index % len(COLORS)],
+                shift=0.25 * (index - (len(runs) - 1) / 2) if len(runs) > 1 else None,
+            )
         _style(axis, panel)
     axes[-1].set_xlabel("step", color=INK)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
-        axes[0].legend(frameon=False, fontsize=9)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, fontsize=9, ncols=3, loc="outside upper left")
     return figure
 
 
-def _line(axis: Axes, panel: Panel, run: Run, color: str) -> None:
+def _line(axis: Axes, panel: Panel, run: Run, color: str, shift: float | None) -> None:
+    """Bands of several runs would hide each other, so they get bars instead, `shift` steps beside their points."""
     steps, values = getattr(run, panel.over)(panel.key)
     marker = "o" if panel.over == "evaluated" or len(steps) < 3 else ""
     axis.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=run.name)
+    if panel.dashed:
+        axis.plot(*getattr(run, panel.over)(panel.dashed), color=color, linewidth=1.2, linestyle="--")
     if panel.over == "evaluated":
-        _intervals(axis, run, steps, color)
+        _intervals(axis, run, steps, color, shift)
     if panel.unit == "bytes":
         _full_weights_and_snapshots(axis, run, color)
 
 
-def _intervals(axis: Axes, run: Run, steps: Sequence[int], color: str) -> None:
+def _intervals(axis: Axes, run: Run, steps: Sequence[int], color: str, shift: float | None) -> None:
     found = [run.eval_interval(index) for index in range(len(steps))]
     known = [(step, interval) for step, interval in zip(steps, found, strict=True) if interval]
-    bounds = [step for step, _ in known], [low for _, (low, _) in known], [high for _, (_, high) in known]
-    axis.fill_between(*bounds, color=color, alpha=0.18, linewidth=0)
+    places, lows, highs = [step for step, _ in known], [low for _, (low, _) in known], [high for _, (_, high) in known]
+    if shift is not None:
+        axis.vlines([place + shift for place in places], lows, highs, color=color, linewidth=1.4, alpha=0.7)
+    else:
+        axis.fill_between(places, lows, highs, color=color, alpha=0.18, linewidth=0)
 
 
 def _full_weights_and_snapshots(axis: Axes, run: Run, color: str) -> None:
@@ -98,13 +115,7 @@ def _full_weights_and_snapshots(axis: Axes, run: Run, color: str) -> None:
 
 
 def _style(axis: Axes, panel: Panel) -> None:
-    axis.set_title(panel.title, loc="left", fontsize=10, color=INK)
-    axis.grid(axis="y", color=FAINT, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=INK, labelsize=9, length=0)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(FAINT)
+    plain_axes(axis, panel.title, grid="y")
     if panel.unit == "bytes":
         _whole_decades(axis)
         return
@@ -112,6 +123,8 @@ def _style(axis: Axes, panel: Panel) -> None:
         axis.set_ylim(bottom=0)
     if panel.unit == "percent":
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif axis.dataLim.y1 >= 1000:
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _whole_decades(axis: Axes) -> None:

@@ -11,7 +11,7 @@ from flashrl_trainer.units import format_bytes, format_seconds
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of metrics.jsonl as `metric_rows.complete_row` returns them, and what the page says of their origin."""
+    """Rows of metrics.jsonl, perhaps of an earlier release, and what the page says of their origin."""
 
     name: str
     rows: list[Row]
@@ -24,16 +24,19 @@ class Run:
 
     def synced(self, key: str) -> tuple[list[int], list[float]]:
         """The same over the steps that sent an update."""
-        return _series([row for row in self.rows if row["step"] and row["sync/full_bytes"]], key)
+        return _series([row for row in self.rows if row["step"] and row.get("sync/full_bytes")], key)
 
     def evaluated(self, key: str = "eval/accuracy") -> tuple[list[int], list[float]]:
         """The same over the rows where `key` is not null, step 0 included."""
-        return _series([row for row in self.rows if row[key] is not None], key)
+        return _series([row for row in self.rows if row.get(key) is not None], key)
 
     def eval_interval(self, row_index: int) -> tuple[float, float] | None:
         """95 % interval of the `row_index`-th evaluation."""
-        evaluated = [row for row in self.rows if row["eval/accuracy"] is not None]
+        evaluated = [row for row in self.rows if row.get("eval/accuracy") is not None]
         row = evaluated[row_index]
+        low, high = row.get("eval/accuracy_low"), row.get("eval/accuracy_high")
+        if low is not None and high is not None:
+            return low, high
         count = int(row.get("eval/samples") or self.eval_samples)
         accuracy = row["eval/accuracy"]
         return wilson_interval(accuracy, count) if count and accuracy is not None else None
@@ -45,7 +48,7 @@ def summary(run: Run) -> dict[str, str]:
 
 
 def _series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
-    points = [(int(row["step"] or 0), value) for row in rows if (value := row[key]) is not None]
+    points = [(int(row["step"] or 0), value) for row in rows if (value := row.get(key)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -67,7 +70,8 @@ def _greedy(run: Run) -> str:
 
 def _reward(run: Run) -> str:
     _, values = run.trained("reward/mean")
-    return f"{values[0]:.3f} → {values[-1]:.3f}"
+    failed = sum(run.trained("reward/failed")[1])
+    return f"{values[0]:.3f} → {values[-1]:.3f}" + (f", {failed:.0f} rewards failed" if failed else "")
 
 
 def _updates(run: Run) -> str:
@@ -90,11 +94,11 @@ def _pause(run: Run) -> str:
 
 
 def _last(key: str) -> Callable[[Run], str]:
-    return lambda run: f"{run.trained(key)[1][-1]:.0f}"
+    return lambda run: f"{values[-1]:.0f}" if (values := run.trained(key)[1]) else "not recorded"
 
 
 def _typical(key: str, digits: str) -> Callable[[Run], str]:
-    return lambda run: format(median(run.trained(key)[1]), digits)
+    return lambda run: format(median(values), digits) if (values := run.trained(key)[1]) else "not recorded"
 
 
 _SUMMARY: dict[str, Callable[[Run], str]] = {
