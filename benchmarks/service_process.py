@@ -39,6 +39,33 @@ class ServiceProcess:
         """None while it runs."""
         return self._process.poll()
 
+    def wait_ready(self, log: Path) -> None:
+        """RuntimeError with its log's end if it does not get ready."""
+        end = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < end and self.exit_code is None:
+            try:
+                if self._http.get("/ready", timeout=5.0).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+        end_of_log = log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the service did not get ready; the end of its log:\n{end_of_log}")
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for what is left of it after a minute."""
+        if self.exit_code is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """Without a word, and all that it started."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
     def weights(self) -> dict[str, Any]:
         """`GET /weights`."""
         return self._json("GET", "/weights")
@@ -93,12 +120,28 @@ def tiny_service(
             yield running
 
 
+def start_scripted(log: Path, options: dict[str, Any], port: int, weights_port: int) -> ServiceProcess:
+    """The same on ports of the caller's, who has to `kill` it; ready when this returns."""
+    arguments = ["flashrl_rollout.scripted_service", json.dumps(options)]
+    running = _start(arguments, log, {"port": port, "weights_port": weights_port})
+    running.wait_ready(log)
+    return running
+
+
 @contextmanager
 def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> Iterator[ServiceProcess]:
-    http_port, weights_port = _free_port(), _free_port()
-    values = {"port": http_port, "weights_port": weights_port} | settings
+    with _ending_on_sigterm():
+        running = _start(arguments, log, {"port": free_port(), "weights_port": free_port()} | settings)
+        try:
+            running.wait_ready(log)
+            yield running
+        finally:
+            running.stop()
+
+
+def _start(arguments: list[str], log: Path, values: dict[str, Any]) -> ServiceProcess:
     variables = {f"FLASHRL_ROLLOUT_{name.upper()}": str(value) for name, value in values.items()}
-    with _ending_on_sigterm(), log.open("wb") as out:
+    with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdout=out,
@@ -106,12 +149,7 @@ def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> It
             env=os.environ | variables,
             start_new_session=True,
         )
-        try:
-            running = ServiceProcess(f"http://127.0.0.1:{http_port}", weights_port, process)
-            _wait_ready(running.url, process, log)
-            yield running
-        finally:
-            _stop(process)
+    return ServiceProcess(f"http://127.0.0.1:{values['port']}", values["weights_port"], process)
 
 
 @contextmanager
@@ -124,29 +162,8 @@ def _ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_DEADLINE_S
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"the service did not get ready; the end of its log:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
