@@ -73,6 +73,22 @@ def test_goes_on_as_if_never_saved(tmp_path: Path, ranks: Ranks) -> None:
     assert step(other, other_optimizer) == expected
 
 
+def test_saving_before_the_first_step_leaves_no_trace_in_the_steps_after(tmp_path: Path, ranks: Ranks) -> None:
+    def fresh() -> tuple[nn.Module, AdamW]:
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        fully_shard(model, mesh=ranks.mesh)
+        return model, AdamW(model.parameters(), lr=0.1)
+
+    expected = step(*fresh())
+    store, (model, optimizer) = CheckpointStore(tmp_path, ranks, 1), fresh()
+    folder = store.save(0, model, optimizer, {})
+    assert step(model, optimizer) == expected
+    other, other_optimizer = fresh()
+    store.load(folder, other, other_optimizer)
+    assert step(other, other_optimizer) == expected
+
+
 def test_nothing_of_a_save_that_was_cut_short_counts(tmp_path: Path, ranks: Ranks) -> None:
     store = saved(tmp_path, ranks, range(1, 2))
     (tmp_path / ".step-000002.partial").mkdir()

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from flashrl_trainer.checkpoint_files import damage, looks_whole, read_content, seal, sync_folder
@@ -24,6 +29,7 @@ from flashrl_trainer.distributed import Ranks
 
 _NAME = re.compile(r"^step-(\d{6,})$")
 _ASIDE = ".step-*.partial"
+FULL_BYTES = 1 << 20  # a disk with less free is full
 
 
 class CheckpointStore:
@@ -41,9 +47,10 @@ class CheckpointStore:
         target = self._path(step)
         aside = self._folder / f".{target.name}.partial"
         try:
-            with _failing_as(OSError, f"checkpoint {target} was not written, the older ones are whole"):
+            with _failing_as(OSError, f"checkpoint {target} was not written, the older ones are whole", self._folder):
                 self._ranks.on_main(lambda: _emptied(aside))
-                state_dict_saver.save(_live_state(policy, optimizer, self._ranks), checkpoint_id=aside)
+                live = _live_state(policy, optimizer, self._ranks, with_optimizer=bool(optimizer.state))
+                state_dict_saver.save(live, checkpoint_id=aside)
                 dist.barrier()
                 seal(aside, {"step": step, "state": dict(state)}, self._ranks)
                 self._ranks.on_main(lambda: _moved(aside, target))
@@ -74,13 +81,17 @@ class CheckpointStore:
         """
         if not self._ranks.on_main(lambda: looks_whole(folder)):
             raise ValueError(f"checkpoint {folder} is damaged or incomplete")
-        state = _live_state(policy, optimizer, self._ranks)
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        has_stepped = any(key.startswith("optimizer.") for key in saved)
+        state = _live_state(policy, optimizer, self._ranks, with_optimizer=has_stepped)
         if not all(f"random.{name}" in saved for name in state["random"]):
             state["random"] = {}  # a job of fewer ranks, or on another device: its random numbers are new ones
         with _failing_as(ValueError, f"checkpoint {folder} does not fit the model"):
             state_dict_loader.load(state, checkpoint_id=folder)
-        set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if has_stepped:
+            set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        else:
+            set_model_state_dict(policy, state["model"])
         _set_random_states(state["random"], self._ranks)
         restored: dict[str, Any] = read_content(folder)["state"]
         return restored
@@ -102,9 +113,12 @@ class CheckpointStore:
             shutil.rmtree(folder)
 
 
-def _live_state(policy: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Any]:
+def _live_state(policy: nn.Module, optimizer: Optimizer, ranks: Ranks, *, with_optimizer: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {"random": _random_states(ranks)}
+    if not with_optimizer:  # torch would have it make a step for its state, which counts as one ever after
+        return state | {"model": get_model_state_dict(policy)}
     model, optim = get_state_dict(policy, optimizer)
-    return {"model": model, "optimizer": optim, "random": _random_states(ranks)}
+    return state | {"model": model, "optimizer": optim}
 
 
 def _random_states(ranks: Ranks) -> dict[str, Tensor]:
@@ -134,12 +148,21 @@ def _moved(aside: Path, target: Path) -> None:
 
 
 @contextmanager
-def _failing_as(kind: type[Exception], what: str) -> Iterator[None]:
-    """CheckpointException is no Exception, and has every rank's traceback for its text."""
+def _failing_as(kind: type[Exception], what: str, written: Path | None = None) -> Iterator[None]:
+    """CheckpointException is no Exception, and has every rank's traceback for its text.
+
+    Where the disk of `written` is full, that is the reason: torch says something about positions in a file.
+    """
     try:
         yield
-    except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise kind(f"{what}: {' '.join(str(reason).split())}") from error
-    except OSError as error:
-        raise kind(f"{what}: {error.strerror or error}") from error
+    except (CheckpointException, OSError) as error:
+        raise kind(f"{what}: {_reason(error, written)}") from error
+
+
+def _reason(error: CheckpointException | OSError, written: Path | None) -> str:
+    if written is not None and written.exists() and shutil.disk_usage(written).free < FULL_BYTES:
+        return f"no space left on the disk of {written}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    reason, _ = next(iter(error.failures.values()))
+    return " ".join(str(reason).split())
