@@ -3,8 +3,9 @@
 `sync/pause_ms` becomes `flashrl_trainer_sync_pause_ms`. It does not know what any number means.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
@@ -38,6 +39,9 @@ class Exporter:
                 self._gauge(key).set(value)
         self._last.set_to_current_time()
 
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Prometheus takes numbers only."""
+
     def close(self) -> None:
         """Give the port back."""
         self._server.shutdown()
@@ -61,6 +65,11 @@ class Mirrors:
         """Pass `row` on to all."""
         for mirror in self._mirrors:
             mirror.log(row)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The same for completions."""
+        for mirror in self._mirrors:
+            mirror.samples(rows)
 
     def close(self) -> None:
         """Close all."""

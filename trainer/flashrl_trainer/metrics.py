@@ -45,6 +45,7 @@ class Mirror(Protocol):
     """A second place for rows; it must neither raise nor wait long."""
 
     def log(self, row: Row) -> None: ...
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -115,7 +116,10 @@ class MetricsWriter:
 
     def samples(self, step: int, sampled: SampledGroups) -> None:
         """A few completions, from as many groups as there are."""
-        _append(self._files["samples"], sample_rows(step, sampled.groups, self._config.run.samples_logged))
+        rows = sample_rows(step, sampled.groups, self._config.run.samples_logged)
+        _append(self._files["samples"], rows)
+        if self._mirror is not None and rows:
+            self._mirror.samples(rows)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -160,9 +164,22 @@ class WandbMirror:
         if self.alive:
             self._guarded(lambda: self._run.log({key: value for key, value in row.items() if value is not None}))
 
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A step's completions as a table `samples`, which W&B shows by step."""
+        if self.alive:
+            self._guarded(lambda: self._log_table(rows))
+
     def close(self) -> None:
         if self.alive:
             self._guarded(lambda: self._run.finish())
+
+    def _log_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        columns = list(rows[0])
+        # as text: a column of W&B's has one type, and a prompt is text or a list of messages
+        cells = [[value if isinstance(value, int | float) else str(value) for value in row.values()] for row in rows]
+        self._run.log({"samples": wandb.Table(columns=columns, data=cells), "step": rows[0]["step"]})
 
     def _start(self, config: TrainerConfig, run_dir: Path, mode: WandbMode) -> None:
         import wandb  # here, because it takes a second, and a broken one must not end the run
