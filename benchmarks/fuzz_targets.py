@@ -4,6 +4,7 @@ Knows the wire and the service's checks; knows nothing of how the bytes are foun
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -116,10 +117,7 @@ def _written(change: delta.Change) -> None:
 
 def transfer(draw: Draw) -> None:
     """Frames of a transfer in any order, whole and broken: what is complete is what was sent, and it ends."""
-    parts = stored_state.random_parts(LAYOUT, 0)
-    changes = [delta.snapshot(name, values) for name, values in parts.items() if values.numel() < 10_000]
-    encoded = codec.encode(changes, block_bytes=500)
-    sent = _manifest(encoded)
+    encoded, sent = _small_update()
     under_test = Transfer("t", sent, CREDIT_BYTES)
     received = 0
     while draw.remaining_bytes() and not isinstance(under_test.outcome, Failed):
@@ -128,6 +126,14 @@ def transfer(draw: Draw) -> None:
     if under_test.is_complete:
         blocks = (codec.decompress(*pair) for pair in zip(encoded.chunks, encoded.payloads, strict=True))
         assert under_test.buffer.bytes.tobytes() == b"".join(blocks)
+
+
+@functools.cache
+def _small_update() -> tuple[codec.Encoded, Manifest]:
+    parts = stored_state.random_parts(LAYOUT, 0)
+    changes = [delta.snapshot(name, values) for name, values in parts.items() if values.numel() < 1000]
+    encoded = codec.encode(changes, block_bytes=100)
+    return encoded, _manifest(encoded)
 
 
 def _frame(draw: Draw, under_test: Transfer, encoded: codec.Encoded) -> int:

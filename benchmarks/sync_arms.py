@@ -18,6 +18,7 @@ import torch
 from benchmarks.service_process import ServiceProcess, scripted_service, service
 from benchmarks.updates import Made, State, make_delta, make_snapshot
 from safetensors.torch import save_file
+from tests.helpers.outgoing import outgoing
 from torch import Tensor
 
 from flashrl_rollout import stored_state
@@ -25,7 +26,6 @@ from flashrl_rollout.bench.shape_names import SHAPES
 from flashrl_rollout.bench.shapes import write_shape
 from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.security import write_keys
-from flashrl_trainer.outgoing import Held, Outgoing
 from flashrl_trainer.publisher import CurveKeys, Publisher, load_curve_keys
 from flashrl_trainer.rollout_client import RolloutClient
 from flashrl_wire.digest import bits
@@ -156,7 +156,7 @@ class Arms:
         new = {name: self._changed(values, share) for name, values in self._state.parts.items()}
         made = make_delta(self._state, new, self._block_bytes) if kind == "delta" else self._snapshot(new)
         running = self._service.running()
-        sent = self._publisher.publish(_outgoing(self._state, made))
+        sent = self._publisher.publish(outgoing(made.update))
         self._state = made.state
         return Cost(kind, sent.wire_bytes, made.seconds, sent.seconds, sent.reply.pause_ms, running)
 
@@ -199,19 +199,6 @@ class Arms:
         self._state = State.of(self._layout, on_device, reply.version)
         assert self._state.digest == reply.digest, "the service read something else"
         return Cost("reload", file.stat().st_size, make_s, send_s, reply.pause_ms, running)
-
-
-def _outgoing(old: State, made: Made) -> Outgoing:
-    manifest = made.update.manifest
-    return Outgoing(
-        base=Held(old.version, old.digest) if manifest.kind == "delta" else None,
-        target=Held(manifest.version, manifest.digest),
-        layout_hash=manifest.layout_hash,
-        changed_elements=manifest.changed_elements,
-        segments=manifest.segments,
-        chunks=manifest.chunks,
-        payloads=made.update.payloads,
-    )
 
 
 def changed_shares(text: str) -> tuple[float, float]:

@@ -175,4 +175,10 @@ def _deaf_service(arguments: list[str]) -> int:
     return serve(config, deaf, lambda: start_engine(json.loads(arguments[0])))
 
 
-PROGRAMS = {"trainer": _trainer, "service": _service, "deaf service": _deaf_service}
+def _publisher(arguments: list[str]) -> int:
+    from tests.faults import publisher_program
+
+    return publisher_program.main(arguments)
+
+
+PROGRAMS = {"trainer": _trainer, "service": _service, "deaf service": _deaf_service, "publisher": _publisher}
