@@ -95,18 +95,18 @@ def run(command: list[str], end: End | None) -> int:
     return 128 - code if code < 0 else code
 
 
-def main(environ: Mapping[str, str], state: Path) -> int:
-    """Run this container's part to its end; the exit code."""
+def main(arguments: list[str], environ: Mapping[str, str], state: Path) -> int:
+    """Run this container's part, or the command in `arguments` as it, to its end; the exit code."""
     end = End(state)
     ended = end.code()
     if environ["FLASHRL_PART"] != "trainer":
-        return 0 if ended is not None else run(rollout_command(environ), end)
+        return 0 if ended is not None else run(arguments or rollout_command(environ), end)
     if ended is not None:  # Docker starts what has failed again; the service may be gone already
         return ended
-    code = run(trainer_command(environ), None)
+    code = run(arguments or trainer_command(environ), None)
     end.count(code)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ, STATE))
+    sys.exit(main(sys.argv[1:], os.environ, STATE))

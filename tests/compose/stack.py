@@ -50,6 +50,7 @@ class Stack:
 
     def __init__(self, folder: Path, project: str, command: list[str], **variables: str) -> None:
         self.folder, self.project = folder, project
+        self.runs = Path(variables.get("FLASHRL_RUNS", folder / "runs"))
         self.command = command
         # without the buildx plugin only the older builder is there
         legacy = {} if run(["docker", "buildx", "version"], check=False).returncode == 0 else {"DOCKER_BUILDKIT": "0"}
@@ -108,7 +109,7 @@ class Stack:
 
     def rows(self) -> list[dict[str, Any]]:
         """The run's rows so far, on the host."""
-        (*files,) = self.folder.glob("runs/*/metrics.jsonl")
+        files = list(self.runs.glob("*/metrics.jsonl"))
         lines = files[0].read_text().splitlines() if files else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 

@@ -11,6 +11,7 @@ from tests.compose.stack import Stack, get, kill, run, until
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(3600)]
 
 CUT_S = 30.0
+STEPS_OF_THREE = 60
 
 
 def _step(stack: Stack, step: int) -> bool:
@@ -20,7 +21,7 @@ def _step(stack: Stack, step: int) -> bool:
 
 def _is_complete(stack: Stack) -> None:
     assert [row["step"] for row in stack.rows()] == list(range(1, 13))
-    (folder,) = stack.folder.glob("runs/*")
+    (folder,) = stack.runs.iterdir()
     assert (folder / "report" / "index.html").exists()
 
 
@@ -90,8 +91,8 @@ def test_a_network_that_is_cut_for_half_a_minute_delays_the_run_and_no_more(shor
 
 def test_three_replicas_are_equal_at_the_end_though_one_was_killed(clone: Path, short: Stack) -> None:
     """Enough steps for an engine to start again before they are over."""
-    more = short.environ("FLASHRL_TRAIN_ARGS").replace("run.steps=12", "run.steps=60")
-    stack = Stack(clone, "flashrl-three", short.command, FLASHRL_TRAIN_ARGS=more, FLASHRL_ROLLOUT_MEMORY="4g")
+    more = short.environ("FLASHRL_TRAIN_ARGS").replace("run.steps=12", f"run.steps={STEPS_OF_THREE}")
+    stack = Stack(clone, "flashrl-three", short.command, FLASHRL_TRAIN_ARGS=more, FLASHRL_RUNS=str(short.runs))
     with stack.up("--scale", "rollout=3") as process:
         until("second step", lambda: _step(stack, 2), poll_s=0.2)
         replicas = stack.containers("rollout")
@@ -103,7 +104,7 @@ def test_three_replicas_are_equal_at_the_end_though_one_was_killed(clone: Path, 
         last = {one["Name"]: _versions(stack, one)[-1] for one in stack.containers("rollout")}
         print("\n" + json.dumps(last))
         assert len(set(last.values())) == 1, last
-        assert next(iter(last.values()))[0] == 60
+        assert next(iter(last.values()))[0] == STEPS_OF_THREE
         log = run(["docker", "logs", killed["Id"]])
         restarted = (log.stdout + log.stderr).count("ready on http")
         assert restarted == 2, "it was up again before the end"

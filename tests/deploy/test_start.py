@@ -83,5 +83,11 @@ def test_the_services_stop_where_the_trainer_has_ended(tmp_path: Path) -> None:
 def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
     start.End(tmp_path).count(2)
     nowhere = {"FLASHRL_RECIPE": "no recipe", "FLASHRL_SERVE_ARGS": "--no-such-flag"}
-    assert start.main({"FLASHRL_PART": "trainer", **nowhere}, tmp_path) == 2
-    assert start.main({"FLASHRL_PART": "rollout-cpu", **nowhere}, tmp_path) == 0
+    assert start.main([], {"FLASHRL_PART": "trainer", **nowhere}, tmp_path) == 2
+    assert start.main([], {"FLASHRL_PART": "rollout-cpu", **nowhere}, tmp_path) == 0
+
+
+def test_a_command_of_ones_own_runs_as_the_part(tmp_path: Path) -> None:
+    failing = [sys.executable, "-c", "raise SystemExit(2)"]
+    assert start.main(failing, {"FLASHRL_PART": "trainer"}, tmp_path) == 2
+    assert start.End(tmp_path).code() == 2
