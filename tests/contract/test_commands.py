@@ -27,9 +27,13 @@ def test_check_sync_moves_the_version_and_nothing_else(workshop: Workshop) -> No
     ended = workshop.trainer(service.url, command="check-sync").wait()
     assert ended.code == 0, ended.errors
     weights = service.weights()
-    moved, mismatch = ended.output.splitlines()
+    moved, mismatch, tokens, samples, icepop, geometric = ended.output.splitlines()
     assert moved == f"version 0 -> 2, digest {weights['digest']} and greedy output of 16 prompts unchanged"
     assert mismatch.startswith("mismatch at lr = 0: k3_kl ")
+    assert tokens.startswith("ratios of ")
+    assert samples.startswith("geometric means of 32 samples: ")
+    assert icepop.startswith('suggested for algorithm.correction = "icepop": mask_low = ')
+    assert geometric.startswith('suggested for algorithm.correction = "geometric": mask_low = ')
     assert (weights["version"], weights["run_id"]) == (2, None), "a run may follow"
 
 

@@ -123,8 +123,8 @@ def test_a_missing_key_is_named(key: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None, "0.5"])
 def test_what_is_no_finite_number_is_named_and_not_written(tmp_path: Path, value: Any) -> None:
     with writer(tmp_path) as metrics:
-        with pytest.raises(ValueError, match=rf"^metrics of step 3: grad_norm is {value}$"):
-            metrics.write(full_row(3, grad_norm=value))
+        with pytest.raises(ValueError, match=rf"^metrics of step 3: entropy is {value}$"):
+            metrics.write(full_row(3, entropy=value))
         assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from flashrl_trainer import assemble
+from flashrl_trainer import assemble, mismatch_bands
 from flashrl_trainer.balancer import Balancer
 from flashrl_trainer.checkpoint import CheckpointStore
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
@@ -120,6 +120,7 @@ def check_sync(config: TrainerConfig) -> None:
         for step in range(1, CHECK_UPDATES + 1):
             groups = collector.sample(prompts, sync.version, lambda done, total: None)
             metrics = updater.step(groups, step, sync.version).metrics(ranks) | sync.push(policy)
+        ratios = mismatch_bands.measure(policy, ranks, groups, config.optim.max_tokens_per_micro_batch)
         after = greedy_tokens(balancer, prompts, config)
         infos = {replica.url: replica.client.weights() for replica in fleet.replicas}
     for url, info in infos.items():
@@ -140,6 +141,8 @@ def check_sync(config: TrainerConfig) -> None:
             for name in ("mismatch/k3_kl", "mismatch/mean_abs_logprob", "mismatch/max_ratio", "tis/capped_fraction")
         )
     )
+    if ratios is not None:
+        print(mismatch_bands.describe(ratios))
 
 
 def greedy_tokens(balancer: Balancer, prompts: Sequence[Prompt], config: TrainerConfig) -> list[list[int]]:
