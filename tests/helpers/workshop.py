@@ -149,6 +149,6 @@ class Straight:
 
 
 def timeless(row: Row) -> Row:
-    """The row without what depends on the clock."""
-    clock = {"sync/seconds", "sync/pause_ms"}
+    """The row without what depends on the clock, or on how often a service was lost."""
+    clock = {"sync/seconds", "sync/pause_ms", "sampling/requests_moved"}
     return {key: value for key, value in row.items() if key not in clock and not key.startswith("perf/")}

@@ -45,6 +45,11 @@ class Collector:
         """So far; the groups they are in were left out."""
         return self._scorer.failed
 
+    @property
+    def moved_requests(self) -> int:
+        """So far; they were lost with a replica and asked again."""
+        return self._balancer.moved if self._balancer is not None else 0
+
     def fill(
         self,
         sampling: DynamicSampling,

@@ -134,7 +134,7 @@ class Loop:
 
     def _train(self, step: int) -> tuple[Row, BaseException | None]:
         """The step's row, and what kept the service from getting its weights."""
-        start, failed = time.monotonic(), self._p.collector.failed_rewards
+        start, failed, moved = time.monotonic(), self._p.collector.failed_rewards, self._p.collector.moved_requests
         drawn = self._collect()
         sampled = drawn.sampled
         collected = time.monotonic()
@@ -157,6 +157,7 @@ class Loop:
             "perf/training_seconds": updated - collected,
             "perf/publishing_seconds": published - updated,
             "reward/failed": self._p.collector.failed_rewards - failed,
+            "sampling/requests_moved": self._p.collector.moved_requests - moved,
         }
         if self._p.ranks.is_main:
             self._p.recorder.samples(step, sampled)
