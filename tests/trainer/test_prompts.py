@@ -6,12 +6,16 @@ from typing import Any
 
 import datasets
 import pytest
+from transformers import AutoTokenizer
 
 from flashrl_trainer import prompt_reader
+from flashrl_trainer.prompt_tokens import token_ids
 from flashrl_trainer.prompts import PromptStream, RowChecks, load_eval, prepare_data
 from flashrl_trainer.rewards import resolve_reward
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.settings import DataSettings
+
+MODEL = Path(__file__).resolve().parents[2] / "examples/tiny_arith/model"
 
 
 def problem(number: int) -> dict[str, str]:
@@ -167,6 +171,21 @@ def test_a_prompt_that_is_too_long_is_reported_and_skipped(tmp_path: Path) -> No
     assert answers(load_eval(data, 0, checks)) == [1, 3]
     assert sorted(answers(PromptStream(data, checks).next(2))) == [1, 3]
     assert reports[0] == "skipped some row 2: 19 tokens, data.max_prompt_tokens = 11"
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": role, "content": "Why?"}], "answer": "1"} for role in ("user", "narrator", "user")]
+    rows[2]["prompt"] = [{"role": "user", "content": "Who?"}]
+    path = write(tmp_path / "some.jsonl", rows)
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no such role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    reports: list[str] = []
+    checks = RowChecks(lambda prompt: len(token_ids(tokenizer, prompt)), on_bad_row=reports.append)
+    assert len(load_eval(settings(path, format="prompts"), 0, checks)) == 2
+    assert reports == ["skipped some row 2: the chat template refuses it: no such role"]
 
 
 def test_an_answer_that_could_never_be_rewarded_is_a_bad_row(tmp_path: Path) -> None:

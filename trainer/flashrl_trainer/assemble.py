@@ -17,8 +17,9 @@ from flashrl_trainer.fleet import Fleet
 from flashrl_trainer.interrupt import Interrupt
 from flashrl_trainer.loop import Loop, Parts, Recorder
 from flashrl_trainer.model import LOAD_ERRORS, Policy, first_line, load_policy
+from flashrl_trainer.prompt_tokens import token_ids
 from flashrl_trainer.prompts import PromptStream, RowChecks, load_eval
-from flashrl_trainer.rewards import REWARDS
+from flashrl_trainer.rewards import answer_check
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.sampling import DynamicSampling
 from flashrl_trainer.scoring import Scorer, make_scorer
@@ -48,13 +49,7 @@ def read_inputs(config: TrainerConfig, on_bad_row: Callable[[str], None]) -> Inp
     scorer = make_scorer(config.data, on_bad_row)
     tokenizer = load_tokenizer(config.model.path)
 
-    def count_tokens(prompt: str | list[dict[str, str]]) -> int:
-        if isinstance(prompt, str):
-            return len(tokenizer(prompt)["input_ids"])
-        return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
-
-    built_in = REWARDS.get(config.data.reward)  # a user's reward may be slow, and need not bear an empty text
-    checks = RowChecks(count_tokens, (lambda answer: built_in("", answer)) if built_in else None, on_bad_row)
+    checks = RowChecks(lambda prompt: len(token_ids(tokenizer, prompt)), answer_check(config.data.reward), on_bad_row)
     prompts = PromptStream(config.data, checks)
     evaluated = load_eval(config.data, config.eval.problems, checks) if config.eval.every else []
     return Inputs(tokenizer, scorer, prompts, evaluated)

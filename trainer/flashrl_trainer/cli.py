@@ -90,9 +90,14 @@ def prepare_data(
     if config is None:
         basis = ["model.path=unused", "data.train=openai/gsm8k", "data.eval=openai/gsm8k", *basis]
     settings = _load(config, basis)
+    from flashrl_trainer.prompts import RowChecks
     from flashrl_trainer.prompts import prepare_data as write
+    from flashrl_trainer.rewards import answer_check
 
-    for path, rows in write(out_dir, settings.data).items():
+    checks = RowChecks(
+        check_answer=answer_check(settings.data.reward), on_bad_row=lambda line: typer.echo(line, err=True)
+    )
+    for path, rows in write(out_dir, settings.data, checks).items():
         typer.echo(f"{path}: {rows} prompts")
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from flashrl_trainer.checkpoint_files import LIST
 from flashrl_trainer.model import LOAD_ERRORS, first_line
+from flashrl_trainer.prompt_tokens import token_ids
 from flashrl_trainer.row_formats import PromptText
 from flashrl_trainer.settings import TrainerConfig
 
@@ -61,24 +62,17 @@ class LocalSampler:
     def _texts(
         self, prompts: Sequence[PromptText], n: int, how: dict[str, Any], max_tokens: int, on_progress: Progress
     ) -> list[list[str]]:
-        token_ids = [self._encoded(prompt) for prompt in prompts]
+        encoded = [token_ids(self._tokenizer, prompt) for prompt in prompts]
         # of like length together, the longest first: little padding, and memory runs out at once or never
-        order = sorted(range(len(prompts)), key=lambda index: -len(token_ids[index]))
+        order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
         wanted = [index for index in order for _ in range(n)]
         texts: list[list[str]] = [[] for _ in prompts]
         for start in range(0, len(wanted), self._batch):
             chosen = wanted[start : start + self._batch]
-            for index, text in zip(
-                chosen, self._generate([token_ids[i] for i in chosen], how, max_tokens), strict=True
-            ):
+            for index, text in zip(chosen, self._generate([encoded[i] for i in chosen], how, max_tokens), strict=True):
                 texts[index].append(text)
             on_progress(min(start + self._batch, len(wanted)), len(wanted))
         return texts
-
-    def _encoded(self, prompt: PromptText) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self._tokenizer(prompt)["input_ids"])
-        return list(self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
 
     @torch.inference_mode()
     def _generate(self, batch: list[list[int]], how: dict[str, Any], max_tokens: int) -> list[str]:

@@ -95,15 +95,20 @@ class PromptReader:
                 yield Prompt(f"{source.label}/{number}", text, answer)
 
     def short_enough(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-        """Leaves out prompts of more than `data.max_prompt_tokens`, as `count_tokens` measures them."""
+        """Leaves out prompts of more than `data.max_prompt_tokens`, or that `count_tokens` raises BadRowError for."""
         count_tokens = self._checks.count_tokens
         for prompt in prompts:
-            tokens = count_tokens(prompt.prompt) if count_tokens else 0
-            if tokens <= self._max_prompt_tokens:
-                yield prompt
-                continue
+            try:
+                tokens = count_tokens(prompt.prompt) if count_tokens else 0
+            except BadRowError as error:
+                problem = str(error)
+            else:
+                if tokens <= self._max_prompt_tokens:
+                    yield prompt
+                    continue
+                problem = f"{tokens} tokens, data.max_prompt_tokens = {self._max_prompt_tokens}"
             label, _, number = prompt.id.rpartition("/")
-            self._report(f"{label} row {number}: {tokens} tokens, data.max_prompt_tokens = {self._max_prompt_tokens}")
+            self._report(f"{label} row {number}: {problem}")
 
     def nothing_usable(self, source: Source) -> ValueError:
         first = next((f"; the first: {line}" for line in self._reported), ": it is empty")

@@ -63,6 +63,15 @@ def dapo_math(text: str, answer: str) -> float:
 REWARDS: dict[str, Reward] = {"strict": strict, "numeric": numeric, "dapo_math": dapo_math}
 
 
+def answer_check(name: str) -> Callable[[str], object] | None:
+    """A function that raises ValueError for an answer which the built-in reward `name` could never reward.
+
+    None for a user's reward: it may be slow, and need not bear an empty text.
+    """
+    reward = REWARDS.get(name)
+    return None if reward is None else lambda answer: reward("", answer)
+
+
 def resolve_reward(name: str) -> Reward:
     """The reward called `name`, or the importable function `package.module:function`, its results checked.
 
