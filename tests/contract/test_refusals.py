@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,31 @@ def test_other_shapes(workshop: Workshop, service: ServiceProgram, tmp_path: Pat
     (model / "config.json").write_text(json.dumps(config))
     line = refusal(workshop, service, model__path=model)
     assert line.endswith("differ: model.layers.3.input_layernorm.weight is only in the service's model")
+
+
+def test_other_vocabulary_size(workshop: Workshop, service: ServiceProgram, tmp_path: Path) -> None:
+    """As a checkpoint whose embedding was padded."""
+    model = changed_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    config["vocab_size"] += 8
+    (model / "config.json").write_text(json.dumps(config))
+    weights = load_file(model / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:8])])
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(workshop, service, model__path=model)
+    assert line.startswith(f"error: trainer and service at {service.url} differ: {name} ")
+
+
+def test_service_that_accepts_and_says_nothing(workshop: Workshop) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        ended = workshop.trainer(url, rollout__connect_deadline_s=0.5).wait()
+    assert ended.code == 1
+    assert (
+        ended.errors.splitlines()[-1]
+        == f"error: rollout service at {url} not ready after 0.5 s: ReadTimeout: timed out"
+    )
 
 
 @pytest.mark.parametrize(
