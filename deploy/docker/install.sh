@@ -6,6 +6,8 @@ kind=$2
 [ "$part" = rollout ] && kind=cuda
 [ -n "${UV_FIND_LINKS:-}" ] || unset UV_FIND_LINKS
 
+python -m venv --without-pip /opt/flashrl
+
 install() {
   /opt/uv/bin/uv pip install --quiet --no-cache --compile-bytecode --python /opt/flashrl/bin/python \
     --constraint "constraints-$kind.txt" "$@"

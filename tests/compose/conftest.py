@@ -30,17 +30,18 @@ def command() -> list[str]:
 
 
 SHORT = (
-    "--set run.steps=12 --set run.stop_accuracy=0 --set run.stop_min_versions=0 --set eval.every=0 "
-    "--set sampling.prompts_per_step=8 --set optim.mini_batch_prompts=8 --set checkpoint.every=2 "
+    "--set run.steps=8 --set run.stop_accuracy=0 --set run.stop_min_versions=0 --set eval.every=0 "
+    "--set sampling.prompts_per_step=4 --set sampling.samples_per_prompt=4 --set optim.mini_batch_prompts=4 "
+    "--set sampling.max_attempts=1 --set sampling.dynamic=false --set checkpoint.every=2 "
     "--set checkpoint.export=false"
 )
 # the scripted engine's texts are noise, and so is a comparison with the answer: rewards of both kinds in every group
-SCRIPTED = f"{SHORT} --set data.reward=operator:lt --set sampling.max_attempts=1"
+SCRIPTED = f"{SHORT} --set data.reward=operator:lt"
 
 
 @pytest.fixture(params=["scripted", "vllm"])
 def short(clone: Path, command: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> Stack:
-    """A run of twelve small steps with a folder of its own on the host; `-k scripted` takes minutes."""
+    """A run of eight small steps with a folder of its own on the host; `-k scripted` takes minutes."""
     if request.param == "vllm":
         return Stack(clone, "flashrl-short", command, FLASHRL_TRAIN_ARGS=SHORT, FLASHRL_RUNS=str(tmp_path / "runs"))
     files = ["-f", "compose.yaml", "-f", "tests/compose/scripted.yaml"]

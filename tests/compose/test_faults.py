@@ -11,7 +11,8 @@ from tests.compose.stack import Stack, get, kill, run, until
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(3600)]
 
 CUT_S = 30.0
-STEPS_OF_THREE = 60
+STEPS = 8
+STEPS_OF_THREE = 40
 
 
 def _step(stack: Stack, step: int) -> bool:
@@ -20,7 +21,7 @@ def _step(stack: Stack, step: int) -> bool:
 
 
 def _is_complete(stack: Stack) -> None:
-    assert [row["step"] for row in stack.rows()] == list(range(1, 13))
+    assert [row["step"] for row in stack.rows()] == list(range(1, STEPS + 1))
     (folder,) = stack.runs.iterdir()
     assert (folder / "report" / "index.html").exists()
 
@@ -62,7 +63,9 @@ def test_a_trainer_killed_in_the_middle_of_a_step_goes_on_from_its_checkpoint(sh
         short.finish(process)
         trainer = short.container("trainer")
         assert trainer["RestartCount"] == 1
-        assert "4/12" not in run(["docker", "logs", "--since", trainer["State"]["StartedAt"], trainer["Id"]]).stdout
+        assert (
+            f"4/{STEPS}" not in run(["docker", "logs", "--since", trainer["State"]["StartedAt"], trainer["Id"]]).stdout
+        )
         _is_complete(short)
 
 
@@ -91,7 +94,7 @@ def test_a_network_that_is_cut_for_half_a_minute_delays_the_run_and_no_more(shor
 
 def test_three_replicas_are_equal_at_the_end_though_one_was_killed(clone: Path, short: Stack) -> None:
     """Enough steps for an engine to start again before they are over."""
-    more = short.environ("FLASHRL_TRAIN_ARGS").replace("run.steps=12", f"run.steps={STEPS_OF_THREE}")
+    more = short.environ("FLASHRL_TRAIN_ARGS").replace("run.steps=8", f"run.steps={STEPS_OF_THREE}")
     stack = Stack(clone, "flashrl-three", short.command, FLASHRL_TRAIN_ARGS=more, FLASHRL_RUNS=str(short.runs))
     with stack.up("--scale", "rollout=3") as process:
         until("second step", lambda: _step(stack, 2), poll_s=0.2)

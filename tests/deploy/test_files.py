@@ -65,7 +65,7 @@ def test_images_and_dependencies_have_versions() -> None:
         assert lines
         assert all(re.fullmatch(r"[\w.\-\[\]]+==[\w.+!]+", line) for line in lines), name
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.M)) == {"python:3.11-slim-bookworm", "dependencies"}
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.M)) == {"python:3.11-slim-bookworm", "runtime"}
     for name, service in compose(COMPOSE[0])["services"].items():
         assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
 
