@@ -36,7 +36,7 @@ SHORT = (
     "--set checkpoint.export=false"
 )
 # the scripted engine's texts are noise, and so is a comparison with the answer: rewards of both kinds in every group
-SCRIPTED = f"{SHORT} --set data.reward=operator:lt"
+SCRIPTED = f"{SHORT} --set data.reward=operator:lt --set sampling.max_tokens=32"
 
 
 @pytest.fixture(params=["scripted", "vllm"])
