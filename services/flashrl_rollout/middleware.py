@@ -11,6 +11,7 @@ from collections.abc import Callable
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flashrl_rollout.refusals import Refusals
 from flashrl_rollout.request_record import note_error
 from flashrl_rollout.security import is_authorized
 from flashrl_rollout.status_page import Page
@@ -60,12 +61,14 @@ class TokenCheck:
 
     def __init__(self, app: ASGIApp, token: str, page: Page) -> None:
         self._app, self._token, self._page = app, token, page
+        self._refusals = Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._is_allowed(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             error = UnauthorizedError("the Authorization header has no valid token")
+            self._refusals.note("an HTTP request: no valid token")
             if (scope["method"], scope["path"]) == ("GET", "/"):
                 note_error(scope, error.code)
                 headers = self._page.headers | {"www-authenticate": error_headers(error)["www-authenticate"]}

@@ -3,7 +3,9 @@
 Knows frames and connections; knows nothing of what chunks contain (`transfer`) or of commits (`store`).
 """
 
+import functools
 import logging
+import operator
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
+from flashrl_rollout.refusals import Refusals
 from flashrl_rollout.security import ServiceKeys
 from flashrl_rollout.transfer import Transfer
 from flashrl_wire import frames
@@ -28,6 +32,13 @@ _REPLIES_QUEUED = 1 << 17  # above the most chunks of an update: a slow reader l
 _CHUNKS_QUEUED = 16  # times MAX_FRAME_BYTES is what a client that ignores its credit can make us hold
 _LARGEST_BURST = 64  # frames handled before commands are looked at again
 _POLL_MS = 1_000
+
+_STRANGER = "a weights connection: no key, one made for another service, or no ZeroMQ at all"
+_HANDSHAKES = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "a weights connection: its key is not in the allow-list",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _STRANGER,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: _STRANGER,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +81,8 @@ class Receiver:
         self.port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self._commands: queue.SimpleQueue[_Open | _Finish | _Stop] = queue.SimpleQueue()
         self._wake, self._woken = _pair(self._context)
+        self._handshakes = self._router.get_monitor_socket(functools.reduce(operator.or_, _HANDSHAKES))
+        self._refusals = Refusals()
         self._thread = threading.Thread(target=self._run, name="flashrl-receiver", daemon=True)
         self._transfer: Transfer | None = None
         self._listener: Listener | None = None
@@ -98,6 +111,8 @@ class Receiver:
         if self._thread.is_alive():
             self._post(_Stop())
             self._thread.join()
+        self._router.disable_monitor()
+        self._handshakes.close(0)
         self._router.close(_LINGER_MS)
         self._woken.close(0)
         self._wake.close(0)
@@ -116,6 +131,7 @@ class Receiver:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
+        poller.register(self._handshakes, zmq.POLLIN)
         while not self._is_stopping:
             ready = dict(poller.poll(_POLL_MS))
             if self._woken in ready:
@@ -123,6 +139,9 @@ class Receiver:
                 self._obey()
             if self._router in ready:
                 self._receive_burst()
+            if self._handshakes in ready:
+                failed = parse_monitor_message(self._handshakes.recv_multipart())
+                self._refusals.note(_HANDSHAKES[failed["event"]])
 
     def _obey(self) -> None:
         """Every command given so far, in order."""

@@ -104,13 +104,9 @@ def until_it_writes(service: ServiceProgram) -> None:
 
 def greedy(service: ServiceProgram) -> list[list[int]]:
     """Tokens of each prompt, one after another."""
-    found = []
-    with httpx.Client(base_url=service.url, timeout=LIMIT_S) as http:
-        for prompt in PROMPTS:
-            body = {"prompts": [prompt], "sampling": {"temperature": 0, "max_tokens": MAX_TOKENS}}
-            reply = http.post("/generate", json=body).raise_for_status().json()
-            found.append(reply["results"][0]["completions"][0]["token_ids"])
-    return found
+    sampling = {"temperature": 0, "max_tokens": MAX_TOKENS}
+    replies = [service.generate(prompts=[prompt], sampling=sampling) for prompt in PROMPTS]
+    return [reply["results"][0]["completions"][0]["token_ids"] for reply in replies]
 
 
 def fresh_greedy(parts: Parts) -> list[list[int]]:

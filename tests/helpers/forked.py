@@ -99,6 +99,10 @@ class ServiceProgram(Program):
         self.url = f"http://127.0.0.1:{ports[0]}"
         self._http = httpx.Client(base_url=self.url, timeout=LIMIT_S)  # one, since making it takes 30 ms
 
+    def give_token(self, token: str) -> None:
+        """What to ask it with from now on."""
+        self._http.headers["Authorization"] = f"Bearer {token}"
+
     @property
     def is_ready(self) -> bool:
         """Whether its model is loaded."""
@@ -106,6 +110,10 @@ class ServiceProgram(Program):
             return self._http.get("/ready").is_success
         except httpx.ConnectError:
             return False
+
+    def generate(self, **body: Any) -> dict[str, Any]:
+        """POST /generate."""
+        return dict(self._http.post("/generate", json=body).raise_for_status().json())
 
     def weights(self) -> dict[str, Any]:
         """GET /weights."""
