@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from flashrl_trainer.batch import (
     TrainingSample,
     num_loss_tokens,
+    num_packed_tokens,
     pack,
     reward_tensors,
     split_for_ranks,
@@ -43,11 +45,15 @@ def test_rewards_and_groups_are_read_in_order() -> None:
 
 def test_a_packed_batch_token_by_token() -> None:
     in_loss = torch.tensor([True, False, True])
-    batch = pack(training_samples(GROUPS, torch.tensor([0.5, -0.5, 2.0]), in_loss))
+    samples = training_samples(GROUPS, torch.tensor([0.5, -0.5, 2.0]), in_loss)
+    batch = pack([replace(one, group=None) for one in samples])
     t, f = True, False
     assert batch.token_ids.tolist() == [5, 6, 7, 8, 2, 5, 6, 7, 9, 9, 9, 4, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1]
     assert batch.sample_ids.tolist() == [0] * 5 + [1] * 6 + [2] * 2
+    assert batch.previous.tolist() == [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 9, 11, 11]
+    assert batch.rows.tolist() == list(range(13))
+    assert batch.kept.all()
     assert batch.cu_seqlens.tolist() == [0, 5, 11, 13]
     assert batch.loss_mask.tolist() == [f, f, f, t, t, f, f, f, f, f, f, f, t]
     assert batch.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -0.25, 0, 0, 0, 0, 0, 0, 0, -0.125]
@@ -58,6 +64,38 @@ def test_a_packed_batch_token_by_token() -> None:
     assert dtypes == [torch.int64] * 4
     assert (batch.cu_seqlens.dtype, batch.loss_mask.dtype) == (torch.int32, torch.bool)
     assert (batch.rollout_logprobs.dtype, batch.advantages.dtype) == (torch.float32, torch.float32)
+
+
+def test_neighbours_of_a_group_share_their_prompt() -> None:
+    samples = training_samples(GROUPS, torch.tensor([0.5, -0.5, 2.0]))
+    assert num_packed_tokens(samples) == 10
+    batch = pack(samples)
+    t, f = True, False
+    assert batch.token_ids.tolist() == [5, 6, 7, 8, 2, 9, 9, 9, 4, 2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1]
+    assert batch.sample_ids.tolist() == [0] * 5 + [1] * 3 + [2] * 2
+    assert batch.previous.tolist() == [0, 0, 1, 2, 3, 2, 5, 6, 8, 8]  # the second response begins after the prompt
+    assert batch.rows.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
+    assert batch.kept.tolist() == [t] * 5 + [f, f, f, t, t, t] + [t, t]
+    assert batch.rows[batch.kept].tolist() == list(range(10))
+    assert batch.cu_seqlens.tolist() == [0, 5, 11, 13]
+    assert batch.loss_mask.tolist() == [f, f, f, t, t, t, t, t, f, t]
+    assert batch.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -0.25, -1, -2, -3, 0, -0.125]
+    assert batch.advantages.tolist() == [0.5] * 5 + [-0.5] * 3 + [2.0] * 2
+    assert batch.weight_versions.tolist() == [-1, -1, -1, 3, 3, 3, 3, 3, -1, 3]
+    assert batch.max_sample_tokens == 6
+
+
+def test_a_shared_prompt_counts_once_against_the_budget() -> None:
+    first, second, third = training_samples(GROUPS, torch.zeros(3))  # 3 + 2, 3 + 3 and 1 + 1 tokens
+    assert split_for_ranks([first, second, third], 1, 10) == [[[first, second, third]]]
+    assert split_for_ranks([first, second, third], 1, 9) == [[[first, second], [third]]]
+    assert split_for_ranks([first, second, third], 1, 7) == [[[second], [first, third]]]
+
+
+def test_a_group_is_cut_up_where_ranks_would_have_nothing_to_do() -> None:
+    samples = [replace(sample(3, 5, name=name), group=0) for name in range(4)]
+    assert [[len(each) for each in rank] for rank in split_for_ranks(samples, 2, 100)] == [[2], [2]]
 
 
 def test_every_token_knows_the_version_that_drew_it() -> None:

@@ -34,6 +34,10 @@ def test_packing_does_not_make_documents_see_each_other() -> None:
     assert forward_flops(SIZE, [4, 4], 0) == 2 * forward_flops(SIZE, [4], 0) < forward_flops(SIZE, [8], 0)
 
 
+def test_a_shared_prompt_goes_through_the_matrices_once() -> None:
+    assert forward_flops(SIZE, [4, 4], 0, 3) == forward_flops(SIZE, [4, 4], 0) - 2 * 1920 * 3
+
+
 def test_only_known_cards_have_a_peak() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16", 8) == pytest.approx(8 * 989.4e12)
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32", 1) is None

@@ -1,6 +1,7 @@
 """The packed policy against transformers' own forward, one sample at a time."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,48 @@ def test_packed_log_probs_equal_those_of_single_samples(family: str, ranks: Rank
     assert bool((entropy[logprobs != 0] > 0).all())
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:  # the names that the service goes by
         assert sorted(name for name, _ in policy.lm.named_parameters()) == sorted(file.keys())
+
+
+def padded_logprobs(lm: Any, samples: list[TrainingSample]) -> torch.Tensor:
+    """[S, longest - 1] from transformers' own forward over a padded batch, at temperature 1."""
+    longest = max(len(item.token_ids) for item in samples)
+    ids = torch.tensor([item.token_ids + [0] * (longest - len(item.token_ids)) for item in samples])
+    mask = torch.tensor([[1] * len(i.token_ids) + [0] * (longest - len(i.token_ids)) for i in samples])
+    logits = lm(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    found: torch.Tensor = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[..., 0]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_tied", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize("shares", [False, True])
+def test_packed_gradients_equal_those_of_a_padded_batch(
+    family: str, shares: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    """With and without prompts that the samples of a group share."""
+    torch.manual_seed(6)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    prompt = torch.randint(0, 61, (6,)).tolist()
+    samples = [replace(sample(n, 6), group=0 if shares else None) for n in (9, 15, 7)]
+    samples = [replace(each, token_ids=prompt + each.token_ids[6:]) for each in samples] + [sample(12, 3)]
+    policy = load_policy(
+        str(tmp_path), ranks, compute_dtype="float32", checkpointing=False, temperature=1.0, chunk_tokens=4
+    )
+    batch = pack(samples)
+    assert len(batch.token_ids) == 43 - 12 * shares
+    logprobs = policy(batch)[0][batch.loss_mask]
+    weights = torch.linspace(-1, 1, len(logprobs))
+    (logprobs * weights).sum().backward()
+    lm: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    rows = padded_logprobs(lm, samples)
+    expected = torch.cat(
+        [row[item.num_prompt_tokens - 1 : len(item.token_ids) - 1] for row, item in zip(rows, samples, strict=True)]
+    )
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(logprobs, expected, atol=5e-6, rtol=1e-6)
+    gradients = {name: parameter.grad for name, parameter in lm.named_parameters()}
+    for name, parameter in policy.lm.named_parameters():
+        found = parameter.grad.full_tensor()  # type: ignore[union-attr,attr-defined,operator]
+        torch.testing.assert_close(found, gradients[name], rtol=1e-4, atol=2e-5 * float(gradients[name].abs().max()))
 
 
 def test_recomputed_blocks_give_the_same_gradients(ranks: Ranks, tmp_path: Path) -> None:

@@ -189,10 +189,10 @@ def as_sample(response: Response, number: int) -> Sample:
 def slots_of(micro_batch: list[TrainingSample], starts: list[int]) -> torch.Tensor:
     """For each packed token the position of its log-prob in the flat tensors; 0 in prompts and fillers."""
     slots: list[int] = []
-    for sample in micro_batch:
+    for before, sample in zip([None, *micro_batch], micro_batch, strict=False):
         start = starts[sample.token_ids[-1]]
         num_response_tokens = len(sample.token_ids) - sample.num_prompt_tokens
-        slots += [0] * sample.num_prompt_tokens
+        slots += [0] * (sample.num_prompt_tokens - sample.shared_tokens(before))
         slots += range(start, start + num_response_tokens) if start else [0] * num_response_tokens
     return torch.tensor(slots)
 

@@ -27,20 +27,21 @@ class ModelSize:
     attention_width: int
 
 
-def forward_flops(size: ModelSize, lengths: Sequence[int], num_loss_tokens: int) -> int:
+def forward_flops(size: ModelSize, lengths: Sequence[int], num_loss_tokens: int, num_shared_tokens: int = 0) -> int:
     """FLOPs of one forward over samples of `lengths` tokens, with logits at `num_loss_tokens` of them.
 
-    A multiplication and an addition an element of a matrix; in attention the same for each pair of a token and one
-    before it (or itself), twice: for scores and for values. Windows narrower than a sample are not taken off.
+    `num_shared_tokens` stand in several samples and go through the matrices once. A multiplication and an addition an
+    element of a matrix; in attention the same for each pair of a token and one before it (or itself), twice: for scores
+    and for values. Windows narrower than a sample are not taken off.
     """
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    blocks = 2 * size.block_elements * sum(lengths)
+    blocks = 2 * size.block_elements * (sum(lengths) - num_shared_tokens)
     return blocks + 4 * size.attention_width * pairs + 2 * size.head_elements * num_loss_tokens
 
 
-def training_flops(size: ModelSize, lengths: Sequence[int], num_loss_tokens: int) -> int:
+def training_flops(size: ModelSize, lengths: Sequence[int], num_loss_tokens: int, num_shared_tokens: int = 0) -> int:
     """FLOPs of forward and backward: each product has two more in the backward pass."""
-    return 3 * forward_flops(size, lengths, num_loss_tokens)
+    return 3 * forward_flops(size, lengths, num_loss_tokens, num_shared_tokens)
 
 
 def training_flops_per_token(size: ModelSize, length: int) -> float:

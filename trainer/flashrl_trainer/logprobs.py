@@ -27,26 +27,33 @@ class _ChunkedLogprobs(Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk_tokens: int
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        entropy, normalizers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        exact_head = _for_products(head)
         for part in _chunks(hidden.shape[0], chunk_tokens):
-            log_p = _log_softmax(hidden[part], head, temperature)
-            logprobs[part] = log_p.gather(1, targets[part].unsqueeze(1)).squeeze(1)
+            logits = _mm_fp32(hidden[part], exact_head.t()).div_(temperature)
+            normalizers[part] = logits.logsumexp(1)
+            logprobs[part] = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normalizers[part]
+            # in place: H = - sum of p ln p
+            log_p = logits.sub_(normalizers[part].unsqueeze(1))
             entropy[part] = -(log_p.exp() * log_p).sum(1)
-        ctx.save_for_backward(hidden, head, targets)
+        ctx.save_for_backward(hidden, head, targets, normalizers)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, head, targets = ctx.saved_tensors
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros(head.shape, device=head.device)
+        hidden, head, targets, normalizers = ctx.saved_tensors
+        exact_head = _for_products(head)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         for part in _chunks(hidden.shape[0], ctx.chunk_tokens):
             # d ln p(target) / d logits = (onehot(target) - p) / temperature
-            grad_logits = _log_softmax(hidden[part], head, ctx.temperature).exp_().neg_()
+            logits = _mm_fp32(hidden[part], exact_head.t()).div_(ctx.temperature)
+            grad_logits = logits.sub_(normalizers[part].unsqueeze(1)).exp_().neg_()
             rows = torch.arange(grad_logits.shape[0], device=head.device)
             grad_logits[rows, targets[part]] += 1
-            grad_logits = (grad_logits * (grads[0][part] / ctx.temperature).unsqueeze(1)).to(head.dtype)
+            grad_logits = grad_logits.mul_((grads[0][part] / ctx.temperature).unsqueeze(1)).to(head.dtype)
             grad_hidden[part] = grad_logits @ head
             grad_head += _mm_fp32(grad_logits.t(), hidden[part])
         return grad_hidden, grad_head.to(head.dtype), None, None, None
@@ -56,8 +63,9 @@ def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(_mm_fp32(hidden, head.t()) / temperature, dim=1)
+def _for_products(head: Tensor) -> Tensor:
+    """The head as `_mm_fp32` wants it, cast once and not once a chunk."""
+    return head if head.is_cuda else head.float()
 
 
 def _mm_fp32(left: Tensor, right: Tensor) -> Tensor:

@@ -61,10 +61,16 @@ class Policy(nn.Module):
             use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens,
             max_length_q=batch.max_sample_tokens,
+            document_rows=batch.rows,
+            document_kept=batch.kept,
         ).last_hidden_state[0]
         where = batch.loss_mask.nonzero().flatten()
         found, entropies = token_logprobs(
-            hidden[where - 1], lm.lm_head.weight, batch.token_ids[where], self._temperature, self._chunk_tokens
+            hidden[batch.previous[where]],
+            lm.lm_head.weight,
+            batch.token_ids[where],
+            self._temperature,
+            self._chunk_tokens,
         )
         zeros = torch.zeros(batch.token_ids.shape, dtype=torch.float32, device=hidden.device)
         return zeros.index_put((where,), found), zeros.index_put((where,), entropies)

@@ -20,6 +20,7 @@ from flashrl_trainer.batch import (
     PackedBatch,
     TrainingSample,
     num_loss_tokens,
+    num_packed_tokens,
     pack,
     reward_tensors,
     split_for_ranks,
@@ -40,7 +41,8 @@ from flashrl_trainer.step_sums import EntropySums, LossStatistics, WorkSums, ove
 class UpdateTotals:
     """What this rank has seen in a step; updates that were skipped are in `skipped`, `tokens` and `flops` only.
 
-    `grad_norms` and `losses` are global, one an update; `tokens` counts those of every forward with gradients.
+    `grad_norms` and `losses` are global, one an update; `tokens` counts those of every sample in each epoch, prompts
+    that samples share once a sample.
     """
 
     statistics: LossStatistics
@@ -156,7 +158,7 @@ class Updater:
             loss_for_backward(anchored, mini_batch.num_loss_tokens, self._ranks.world_size).backward()  # type: ignore[no-untyped-call]
             loss += loss_sum.detach().double()
             statistics += self._statistics(batch, before, entropy, weights, clips, weight_version, is_first)
-        totals.tokens += sum(sum(lengths) for lengths, _ in mini_batch.shapes())
+        totals.tokens += sum(sum(lengths) for lengths, _, _ in mini_batch.shapes())
         totals.flops += sum(training_flops(self._size, *shape) for shape in mini_batch.shapes())
         global_loss = float(self._ranks.sum(loss)) / mini_batch.num_loss_tokens
         norm = self._optimizer.update(global_loss)
@@ -230,7 +232,8 @@ class MiniBatch:
         """Its packed micro-batches on `device`."""
         return (pack(samples).to(device) for samples in self.shares)
 
-    def shapes(self) -> Iterator[tuple[list[int], int]]:
-        """Lengths of the samples, in tokens, and the number of loss tokens of each micro-batch."""
+    def shapes(self) -> Iterator[tuple[list[int], int, int]]:
+        """Of each micro-batch the samples' lengths, and the number of its loss tokens and of its shared ones."""
         for samples in self.shares:
-            yield [len(sample.token_ids) for sample in samples], num_loss_tokens(samples)
+            lengths = [len(sample.token_ids) for sample in samples]
+            yield lengths, num_loss_tokens(samples), sum(lengths) - num_packed_tokens(samples)
