@@ -22,6 +22,7 @@ from flashrl_rollout.stored_state import Parts
 from flashrl_trainer.publisher import Publisher
 from flashrl_trainer.rollout_client import RolloutClient
 from flashrl_wire.digest import bits
+from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import Sampling
 
 LAYOUT = scripted_layout()
@@ -37,11 +38,12 @@ class Stored:
 
     version: int
     parts: Parts
+    layout: WeightLayout = LAYOUT
 
     @functools.cached_property
     def digest(self) -> str:
         """Of all of them."""
-        return stored_state.combined(LAYOUT, stored_state.digests(self.parts))
+        return stored_state.combined(self.layout, stored_state.digests(self.parts))
 
     def moved(self, share: float = 0.05) -> "Stored":
         """The next version: other bits in a share of the elements, one of the norm's at least."""
@@ -52,21 +54,22 @@ class Stored:
             hit = torch.rand(flat.shape, generator=generator) < share
             flat[hit] = flat[hit] ^ 1
         parts["norm.weight"][self.version % 64] += 1.0
-        return Stored(self.version + 1, parts)
+        return Stored(self.version + 1, parts, self.layout)
 
     def delta_to(self, new: "Stored") -> Update:
         """What differs."""
-        return delta_update(LAYOUT, self.parts, new.parts, base=self.version, block_bytes=100)
+        return delta_update(self.layout, self.parts, new.parts, base=self.version, block_bytes=100)
 
     def snapshot_to(self, new: "Stored") -> Update:
         """All of it."""
-        update = snapshot_update(LAYOUT, self.parts, new.parts, base=self.version)
+        update = snapshot_update(self.layout, self.parts, new.parts, base=self.version)
         return update.declaring(version=new.version)
 
 
-def first() -> Stored:
+def first(rows: int = 64) -> Stored:
     """What every scripted service starts with."""
-    return Stored(0, stored_state.random_parts(LAYOUT, 0))
+    layout = scripted_layout(rows)
+    return Stored(0, stored_state.random_parts(layout, 0), layout)
 
 
 def assert_serves(service: ServiceProgram, stored: Stored) -> None:
@@ -74,7 +77,7 @@ def assert_serves(service: ServiceProgram, stored: Stored) -> None:
     info = service.weights()
     assert (info["version"], info["digest"], info["poisoned"]) == (stored.version, stored.digest, False)
     assert service.is_ready
-    assert greedy(service) == fresh_greedy(stored.parts)
+    assert greedy(service) == fresh_greedy(stored)
 
 
 def assert_takes_the_next(service: ServiceProgram, stored: Stored) -> Stored:
@@ -109,14 +112,14 @@ def greedy(service: ServiceProgram) -> list[list[int]]:
     return [reply["results"][0]["completions"][0]["token_ids"] for reply in replies]
 
 
-def fresh_greedy(parts: Parts) -> list[list[int]]:
+def fresh_greedy(stored: Stored) -> list[list[int]]:
     """The same of an engine that is started with these weights."""
     with ThreadPoolExecutor(1) as pool:  # a test may have a loop of its own
-        return pool.submit(asyncio.run, _fresh_greedy(parts)).result()
+        return pool.submit(asyncio.run, _fresh_greedy(stored)).result()
 
 
-async def _fresh_greedy(parts: Parts) -> list[list[int]]:
-    engine = ScriptedEngine(LAYOUT, parts, _INFO)
+async def _fresh_greedy(stored: Stored) -> list[list[int]]:
+    engine = ScriptedEngine(stored.layout, stored.parts, _INFO)
     sampling = Sampling(temperature=0, max_tokens=MAX_TOKENS)
     found = [await engine.generate("x", engine.encode(prompt), 1, sampling, 0) for prompt in PROMPTS]
     return [completion.token_ids for (completion,) in found]
