@@ -6,6 +6,7 @@ rows and digests mean equal weights at every step.
 
 import json
 import math
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -72,12 +73,15 @@ def test_resumed_run_makes_the_same_steps_on_a_restarted_service(straight: Strai
     older, newest = workshop.runs / f"{STEM}-20240101-000000", workshop.runs / f"{STEM}-20250101-000000"
     shutil.copytree(straight.folder, newest)
     shutil.copytree(straight.folder / "checkpoints/step-000001", older / "checkpoints/step-000001")
-    for step in (3, 4):
-        truncate(newest / "checkpoints" / f"step-{step:06d}")
+    truncate(newest / "checkpoints/step-000003")
+    flip_a_bit(newest / "checkpoints/step-000004")
     assert state(newest, 2)["sampling"]["surplus"], "choose a seed under which a surplus is carried over"
     service = workshop.service()
     ended = workshop.trainer(service.url, "--resume=auto").wait()
     assert ended.code == 0, ended.errors
+    fourth, third = (line for line in ended.errors.splitlines() if line.endswith("and passed over"))
+    assert re.search(r"step-000004 is damaged \(\S+ has changed\)", fourth)
+    assert re.search(r"step-000003 is damaged \(\S+ has [\d,]+ of [\d,]+ bytes\)", third)
     assert sorted(path.name for path in workshop.runs.iterdir()) == [older.name, newest.name]
     assert [timeless(row) for row in rows(newest)] == [timeless(row) for row in rows(straight.folder)]
     assert service.weights()["digest"] == state(newest, 4)["digest"] == straight.digest
@@ -92,6 +96,16 @@ def test_finished_run_that_is_resumed_trains_no_further(straight: Straight, work
     assert ended.code == 0, ended.errors
     assert rows(run) == rows(straight.folder)
     assert service.weights()["digest"] == straight.digest
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    """As a disk that is going bad leaves it: nothing but a checksum tells."""
+    largest = max(checkpoint.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:
+        file.seek(largest.stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 16]))
 
 
 def truncate(checkpoint: Path) -> None:

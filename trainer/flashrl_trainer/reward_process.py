@@ -13,7 +13,14 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from flashrl_trainer.token_file import TOKEN_VARIABLE
+
 IMPORT_LIMIT_S = 120.0  # a user's module may import torch, or a symbolic algebra system
+
+
+def _without_token() -> dict[str, str]:
+    """It judges texts that a model made up: what it does not need it does not get."""
+    return {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
 
 
 class RewardError(RuntimeError):
@@ -43,7 +50,7 @@ class RewardProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=_without_token() | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 start_new_session=True,  # Ctrl-C is not for it, and what it starts ends with it
             )
         self._connection, self._unread = ours, b""
