@@ -141,7 +141,7 @@ class Receiver:
                 self._receive_burst()
             if self._handshakes in ready:
                 failed = parse_monitor_message(self._handshakes.recv_multipart())
-                self._refusals.note(_HANDSHAKES[failed["event"]])
+                self._refusals.note(_HANDSHAKES[zmq.Event(failed["event"])])
 
     def _obey(self) -> None:
         """Every command given so far, in order."""

@@ -55,6 +55,9 @@ def read_keys(keys_dir: Path) -> ServiceKeys:
         raise ValueError(f"keys_dir: {allowed} holds no public key, so that no trainer could connect")
     for file in allowed.glob("*.key"):
         _load(file)
+    for path in (allowed, *allowed.glob("*.key")):
+        if path.stat().st_mode & 0o022:  # whoever writes here decides who may connect
+            raise ValueError(f"keys_dir: {path} can be written by other users; chmod go-w it")
     return ServiceKeys(public, secret, allowed)
 
 

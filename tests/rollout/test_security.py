@@ -113,6 +113,16 @@ def test_loose_missing_and_broken_keys_are_named(keys: Path, tmp_path: Path) -> 
         read_keys(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["", "trainer.key"])
+def test_allow_list_that_others_may_write_is_refused(keys: Path, name: str) -> None:
+    path = keys / "service" / "allowed" / name
+    path.chmod(0o755 if path.is_dir() else 0o644)
+    read_keys(keys / "service")
+    path.chmod(0o775 if path.is_dir() else 0o664)
+    with pytest.raises(ValueError, match=r"keys_dir: .*allowed.* can be written by other users; chmod go-w it"):
+        read_keys(keys / "service")
+
+
 def test_allow_list_must_not_be_empty(keys: Path) -> None:
     (keys / "service" / "allowed" / "trainer.key").unlink()
     with pytest.raises(ValueError, match="no trainer could connect"):
