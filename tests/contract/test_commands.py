@@ -111,5 +111,5 @@ def test_doctor_names_all_that_is_missing(workshop: Workshop) -> None:
     assert ended.code == 1
     assert [line for line in ended.output.splitlines() if line.startswith("missing")] == [
         "missing model and data: data.train: no file /no/such.jsonl",
-        "missing service: the service runs int8, rollout.quantization is fp8",
+        f"missing service: the service at {service.url} runs int8, rollout.quantization is fp8",
     ]
