@@ -22,7 +22,10 @@ from pathlib import Path
 
 from benchmarks.sync_arms import Arms, Cost, Service, changed_shares, write_model
 
-HEADER = "| model | changed | kind | bytes | make s | send s | pause ms, idle | pause ms, running |"
+HEADER = (
+    "| model | changed | kind | bytes | make s | send s | CPU s of it, trainer + service "
+    "| pause ms, idle | pause ms, running |"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Row:
     full_bytes: int
     make_s: float
     send_s: float
+    trainer_cpu_s: float
+    service_cpu_s: float
     idle_pause_ms: float
     running_pause_ms: float | None
     running: int
@@ -54,6 +59,8 @@ class Row:
             full_bytes=full_bytes,
             make_s=round(statistics.median(cost.make_s for cost in idle), 4),
             send_s=round(statistics.median(cost.send_s for cost in idle), 4),
+            trainer_cpu_s=round(statistics.median(cost.trainer_cpu_s for cost in idle), 4),
+            service_cpu_s=round(statistics.median(cost.service_cpu_s for cost in idle), 4),
             idle_pause_ms=round(statistics.median(cost.pause_ms for cost in idle), 2),
             running_pause_ms=round(statistics.median(pauses), 2) if pauses else None,
             running=min((cost.running for cost in running), default=0),
@@ -64,7 +71,8 @@ class Row:
         share = f"{self.wire_bytes / 1e6:.3f} MB ({self.wire_bytes / self.full_bytes:.2%})"
         running = "" if self.running_pause_ms is None else f"{self.running_pause_ms:.1f} ({self.running})"
         kind = self.kind + (", CURVE" if self.curve else "")
-        cells = [self.model, self.changed, kind, share, f"{self.make_s:.3f}", f"{self.send_s:.3f}"]
+        cpu = f"{self.trainer_cpu_s:.2f} + {self.service_cpu_s:.2f}"
+        cells = [self.model, self.changed, kind, share, f"{self.make_s:.3f}", f"{self.send_s:.3f}", cpu]
         return f"| {' | '.join([*cells, f'{self.idle_pause_ms:.1f}', running])} |"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil  # type: ignore[import-untyped]
 import torch
 from benchmarks.service_process import ServiceProcess, scripted_service, service
 from benchmarks.updates import Made, State, make_delta, make_snapshot
@@ -37,7 +38,10 @@ _CODES = (torch.int8, torch.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Cost:
-    """One update. `make_s`: compare and encode, or write the checkpoint; `send_s`: begin to commit, or the reload."""
+    """One update. `make_s`: compare and encode, or write the checkpoint; `send_s`: begin to commit, or the reload.
+
+    CPU seconds are those of `send_s`, and tell more than it does where others use the cores too.
+    """
 
     kind: str
     wire_bytes: int
@@ -45,6 +49,8 @@ class Cost:
     send_s: float
     pause_ms: float
     running: int
+    trainer_cpu_s: float = 0.0
+    service_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ class Service:
                 flags += ["--device", args.device, "--max-model-len", str(CONTEXT), *shlex.split(args.serve)]
                 process = stack.enter_context(service(str(folder), args.quantization, log, *flags))
             yield cls(process, folder, device, keys)
+
+    def cpu_seconds(self) -> float:
+        """That all its processes have used so far."""
+        main = psutil.Process(self.process.pid)
+        times = [process.cpu_times() for process in (main, *main.children(recursive=True))]
+        return float(sum(each.user + each.system for each in times))
 
     def running(self) -> int:
         """Sequences that the engine works on now."""
@@ -156,9 +168,11 @@ class Arms:
         new = {name: self._changed(values, share) for name, values in self._state.parts.items()}
         made = make_delta(self._state, new, self._block_bytes) if kind == "delta" else self._snapshot(new)
         running = self._service.running()
+        cpu = time.process_time(), self._service.cpu_seconds()
         sent = self._publisher.publish(outgoing(made.update))
+        used = time.process_time() - cpu[0], self._service.cpu_seconds() - cpu[1]
         self._state = made.state
-        return Cost(kind, sent.wire_bytes, made.seconds, sent.seconds, sent.reply.pause_ms, running)
+        return Cost(kind, sent.wire_bytes, made.seconds, sent.seconds, sent.reply.pause_ms, running, *used)
 
     def _snapshot(self, new: dict[str, Tensor]) -> Made:
         started = time.monotonic()
@@ -192,13 +206,13 @@ class Arms:
             old.unlink()
         index.unlink(missing_ok=True)
         file.with_suffix(".new").rename(file)
-        running, started = self._service.running(), time.monotonic()
+        running, started, cpu = self._service.running(), time.monotonic(), self._service.cpu_seconds()
         reply = self._client.load_checkpoint(str(self._service.folder), self._state.version + 1, LIMIT_S)
-        send_s = time.monotonic() - started
+        send_s, used = time.monotonic() - started, self._service.cpu_seconds() - cpu
         on_device = {name: part.to(self._service.device) for name, part in self._first.items()}
         self._state = State.of(self._layout, on_device, reply.version)
         assert self._state.digest == reply.digest, "the service read something else"
-        return Cost("reload", file.stat().st_size, make_s, send_s, reply.pause_ms, running)
+        return Cost("reload", file.stat().st_size, make_s, send_s, reply.pause_ms, running, 0.0, used)
 
 
 def changed_shares(text: str) -> tuple[float, float]:

@@ -18,7 +18,6 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -47,7 +46,7 @@ class Report:
 
     updates: int = 0
     seconds: float = 0.0
-    shares: Counter[str] = field(default_factory=Counter)
+    shares: dict[str, int] = field(default_factory=dict)
     changed_elements: list[int] = field(default_factory=list)
     wire_bytes: list[int] = field(default_factory=list)
     pause_ms: list[float] = field(default_factory=list)
@@ -131,7 +130,7 @@ class Run:
         report = self.report
         report.updates += 1
         decade = "0" if share == 0 else f"<= 1e{math.ceil(math.log10(share))}"
-        report.shares[decade] += 1
+        report.shares[decade] = report.shares.get(decade, 0) + 1
         report.changed_elements.append(int(reply["changed_elements"]))
         report.wire_bytes.append(wire_bytes)
         report.pause_ms.append(reply["pause_ms"])
@@ -227,9 +226,6 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = asyncio.run(run(Path(folder), args))
-    summary = asdict(report) | {"growth": report.growth}
-    if args.json:
-        args.json.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{report.updates} updates in {report.seconds:.0f} s, {sum(report.wire_bytes) / 1e6:.0f} MB sent")
     print(f"shares changed: {dict(report.shares)}")
     print(
@@ -242,6 +238,9 @@ def main() -> int:
     )
     for failure in report.failures[:20]:
         print(f"FAILED: {failure}")
+    summary = asdict(report) | {"growth": report.growth}
+    if args.json:
+        args.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if report.failures else 0
 
 
