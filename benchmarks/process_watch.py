@@ -7,12 +7,14 @@ import asyncio
 import re
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import httpx
 import psutil  # type: ignore[import-untyped]
 
 LIMIT_S = 30.0
 _GAUGE = re.compile(r"^(flashrl_\w+(?:\{[^}]*\})?) ([-+0-9.eE]+)$", re.MULTILINE)
+_ANONYMOUS = re.compile(r"^Anonymous: +(\d+) kB$", re.MULTILINE)
 _AT_REST = ("running_sequences", "waiting_sequences", "active_requests", "active_sequences")
 
 
@@ -27,6 +29,15 @@ class ProcessWatch:
         found: dict[str, int] = {}
         for process in self._processes():
             found[process.name()] = found.get(process.name(), 0) + process.memory_info().rss
+        return found
+
+    def anonymous(self) -> dict[str, int]:
+        """The part of it that no file backs: what the kernel cannot drop and read again, so what a leak would be in."""
+        found: dict[str, int] = {}
+        for process in self._processes():
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            kibibytes = int(_ANONYMOUS.findall(rollup)[0])
+            found[process.name()] = found.get(process.name(), 0) + (kibibytes << 10)
         return found
 
     def counts(self) -> tuple[int, int]:

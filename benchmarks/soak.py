@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Report:
     seconds_to_rest: list[float] = field(default_factory=list)
     memory_mib: list[float] = field(default_factory=list)
     memory_mib_by_process: list[dict[str, float]] = field(default_factory=list)
+    anonymous_mib_by_process: list[dict[str, float]] = field(default_factory=list)
     memory_mib_under_load: list[float] = field(default_factory=list)
     open_files: list[int] = field(default_factory=list)
     slowest_health_s: float = 0.0
@@ -118,7 +119,8 @@ class Soak:
         if problem := await self._updater.empty():  # a commit gives back what is free, so that only what is held counts
             self._tally.problem(problem)
         self.report.memory_mib.append(self._memory_mib())
-        self.report.memory_mib_by_process.append({name: _mib(held) for name, held in self._watch.memory().items()})
+        self.report.memory_mib_by_process.append(_mibs(self._watch.memory()))
+        self.report.anonymous_mib_by_process.append(_mibs(self._watch.anonymous()))
         self.report.open_files.append(self._watch.counts()[0])
         self._say(f"phase {phase + 1}: at rest after {self.report.seconds_to_rest[-1]} s")
 
@@ -207,6 +209,10 @@ class Soak:
 
 def _mib(num_bytes: int) -> float:
     return round(num_bytes / (1 << 20), 1)
+
+
+def _mibs(num_bytes: Mapping[str, int]) -> dict[str, float]:
+    return {name: _mib(held) for name, held in num_bytes.items()}
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], every_s: float) -> None:
