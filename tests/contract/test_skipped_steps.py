@@ -1,4 +1,4 @@
-"""A model whose forward overflows: steps are recorded and left out, and the run stops with a checkpoint to go on from."""
+"""A model whose forward overflows: steps are recorded and left out, and the run stops with a checkpoint."""
 
 from pathlib import Path
 

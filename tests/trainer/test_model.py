@@ -147,6 +147,33 @@ def test_recomputed_blocks_give_the_same_gradients(ranks: Ranks, tmp_path: Path)
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
+@pytest.mark.slow  # compiling takes the better part of a minute
+def test_compiled_blocks_give_the_same_log_probs_and_gradients(ranks: Ranks, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    AutoModelForCausalLM.from_config(FAMILIES["qwen2_tied"]).save_pretrained(tmp_path)
+    outcomes = []
+    for compiled in (False, True):
+        policy = load_policy(
+            str(tmp_path),
+            ranks,
+            compute_dtype="float32",
+            checkpointing=False,
+            temperature=1.0,
+            chunk_tokens=64,
+            compiled=compiled,
+        )
+        torch.manual_seed(8)
+        batches = [pack([sample(9, 4), sample(7, 2)]), pack([sample(13, 4), sample(6, 2), sample(21, 2)])]
+        logprobs = [policy(batch)[0] for batch in batches]  # two shapes, one graph
+        torch.cat(logprobs).sum().backward()
+        gradients = {n: p.grad.full_tensor() for n, p in policy.named_parameters()}  # type: ignore[union-attr,attr-defined,operator]
+        outcomes.append((torch.cat(logprobs), gradients))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], atol=5e-6, rtol=1e-5)
+    assert outcomes[0][1].keys() == outcomes[1][1].keys()
+    for name, gradient in outcomes[0][1].items():
+        torch.testing.assert_close(outcomes[1][1][name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
 def test_chunked_log_probs_and_gradients_equal_float64(chunk_tokens: int) -> None:
     torch.manual_seed(5)
