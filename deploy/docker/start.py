@@ -99,6 +99,9 @@ def main(arguments: list[str], environ: Mapping[str, str], state: Path) -> int:
     """Run this container's part, or the command in `arguments` as it, to its end; the exit code."""
     end = End(state)
     ended = end.code()
+    if environ["FLASHRL_PART"] == "rollout-cpu":
+        # pieces of vLLM's sampler are compiled even with enforce_eager, and this image has no compiler for them
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if environ["FLASHRL_PART"] != "trainer":
         return 0 if ended is not None else run(arguments or rollout_command(environ), end)
     if ended is not None:  # Docker starts what has failed again; the service may be gone already
