@@ -35,16 +35,6 @@ def run(command: list[str], *, check: bool = True, **options: Any) -> subprocess
     return done
 
 
-def until(what: str, ready: Callable[[], Any], deadline_s: float = DEADLINE_S, poll_s: float = POLL_S) -> Any:
-    """What `ready` returns once that is true; AssertionError after the deadline."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        if value := ready():
-            return value
-        time.sleep(poll_s)
-    raise AssertionError(f"no {what} within {deadline_s:g} s")
-
-
 class Stack:
     """One compose project."""
 
@@ -56,6 +46,7 @@ class Stack:
         legacy = {} if run(["docker", "buildx", "version"], check=False).returncode == 0 else {"DOCKER_BUILDKIT": "0"}
         self._environ = {**os.environ, **legacy, "COMPOSE_PROJECT_NAME": project, **variables}
         self.log = folder / f"{project}.log"
+        self._up: subprocess.Popen[bytes] | None = None
 
     def environ(self, name: str) -> str:
         """A variable that compose sees."""
@@ -72,13 +63,25 @@ class Stack:
             process = subprocess.Popen(
                 [*self.command, "up", *arguments], cwd=self.folder, env=self._environ, stdout=log, stderr=log
             )
+            self._up = process
             try:
                 yield process
             finally:
+                self._up = None
                 if process.poll() is None:
                     process.terminate()
                     process.wait(180)
                 self.compose("down", "--volumes", "--remove-orphans", "--timeout", "20", check=False)
+
+    def until(self, what: str, ready: Callable[[], Any], deadline_s: float = DEADLINE_S, poll_s: float = POLL_S) -> Any:
+        """What `ready` returns once that is true; AssertionError after the deadline, or once `up` has ended."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            if value := ready():
+                return value
+            assert self._up is None or self._up.poll() is None, f"no {what}: {self.log.read_text()[-3000:]}"
+            time.sleep(poll_s)
+        raise AssertionError(f"no {what} within {deadline_s:g} s")
 
     def containers(self, service: str) -> list[dict[str, Any]]:
         """What Docker knows of a service's containers, by name."""

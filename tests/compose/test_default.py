@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import httpx
 import pytest
-from tests.compose.stack import Stack, commands, get, run, until
+from tests.compose.stack import Stack, commands, get, run
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(7200)]
 
@@ -69,11 +69,11 @@ def test_the_default_runs_to_its_end_and_is_closed_to_others(stack: Stack) -> No
     """One run for all of it, since it takes minutes: what is open, what is not, and how it ends."""
     began = time.monotonic()
     with stack.up("--build") as process:
-        rollout = until("service", lambda: stack.running("rollout"), deadline_s=3600, poll_s=0.5)
+        rollout = stack.until("service", lambda: stack.running("rollout"), deadline_s=3600, poll_s=0.5)
         started = time.monotonic()
-        until("ready service", lambda: _health(stack) == "healthy", poll_s=0.5)
+        stack.until("ready service", lambda: _health(stack) == "healthy", poll_s=0.5)
         print(f"\nbuild {started - began:.0f} s, cold start of the service {time.monotonic() - started:.0f} s")
-        until("trainer", lambda: stack.running("trainer"), poll_s=0.5)
+        stack.until("trainer", lambda: stack.running("trainer"), poll_s=0.5)
         _only_with_the_token(stack.url(rollout), stack.token())
         _weights_port_is_not_published(rollout)
         for service in ("rollout", "trainer"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.compose.stack import Stack, get, kill, run, until
+from tests.compose.stack import Stack, get, kill, run
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(3600)]
 
@@ -41,13 +41,13 @@ def _versions(stack: Stack, container: dict[str, Any]) -> list[tuple[int, str]]:
 
 def test_a_service_killed_in_the_middle_of_an_update_is_given_its_weights_again(short: Stack) -> None:
     with short.up() as process:
-        until("second step", lambda: _step(short, 2), poll_s=0.2)
+        short.until("second step", lambda: _step(short, 2), poll_s=0.2)
         rollout = short.container("rollout")
-        until("update", lambda: _staged(rollout["State"]["Pid"]))
+        short.until("update", lambda: _staged(rollout["State"]["Pid"]))
         kill(rollout)
         before = len(short.rows())
         began = time.monotonic()
-        until("further step", lambda: _step(short, before + 1), poll_s=0.2)
+        short.until("further step", lambda: _step(short, before + 1), poll_s=0.2)
         print(f"\nthe next step ended {time.monotonic() - began:.0f} s after the kill")
         short.finish(process)
         assert short.container("rollout")["RestartCount"] >= 1
@@ -56,9 +56,11 @@ def test_a_service_killed_in_the_middle_of_an_update_is_given_its_weights_again(
 
 def test_a_trainer_killed_in_the_middle_of_a_step_goes_on_from_its_checkpoint(short: Stack) -> None:
     with short.up() as process:
-        until("fifth step", lambda: _step(short, 5), poll_s=0.2)
+        short.until("fifth step", lambda: _step(short, 5), poll_s=0.2)
         url, token = short.url(short.container("rollout")), short.token()
-        until("sampling", lambda: "flashrl_active_requests 0.0" not in get(f"{url}/metrics", token).text, poll_s=0.05)
+        short.until(
+            "sampling", lambda: "flashrl_active_requests 0.0" not in get(f"{url}/metrics", token).text, poll_s=0.05
+        )
         kill(short.container("trainer"))
         short.finish(process)
         trainer = short.container("trainer")
@@ -71,7 +73,7 @@ def test_a_trainer_killed_in_the_middle_of_a_step_goes_on_from_its_checkpoint(sh
 
 def test_a_trainer_killed_before_its_first_checkpoint_begins_again(short: Stack) -> None:
     with short.up() as process:
-        until("first step", lambda: _step(short, 1), poll_s=0.05)
+        short.until("first step", lambda: _step(short, 1), poll_s=0.05)
         kill(short.container("trainer"))
         short.finish(process)
         assert short.container("trainer")["RestartCount"] == 1
@@ -80,11 +82,11 @@ def test_a_trainer_killed_before_its_first_checkpoint_begins_again(short: Stack)
 
 def test_a_network_that_is_cut_for_half_a_minute_delays_the_run_and_no_more(short: Stack) -> None:
     with short.up() as process:
-        until("third step", lambda: _step(short, 3), poll_s=0.2)
+        short.until("third step", lambda: _step(short, 3), poll_s=0.2)
         network, trainer = f"{short.project}_inside", short.container("trainer")["Id"]
         run(["docker", "network", "disconnect", network, trainer])
         before, end = len(short.rows()), time.monotonic() + CUT_S
-        until("end of the cut", lambda: time.monotonic() > end, poll_s=0.5)
+        short.until("end of the cut", lambda: time.monotonic() > end, poll_s=0.5)
         assert len(short.rows()) <= before + 1, "the trainer went on without its service"
         run(["docker", "network", "connect", network, trainer])
         short.finish(process)
@@ -97,12 +99,13 @@ def test_three_replicas_are_equal_at_the_end_though_one_was_killed(clone: Path, 
     more = short.environ("FLASHRL_TRAIN_ARGS").replace("run.steps=8", f"run.steps={STEPS_OF_THREE}")
     stack = Stack(clone, "flashrl-three", short.command, FLASHRL_TRAIN_ARGS=more, FLASHRL_RUNS=str(short.runs))
     with stack.up("--scale", "rollout=3") as process:
-        until("second step", lambda: _step(stack, 2), poll_s=0.2)
+        stack.until("second step", lambda: _step(stack, 2), poll_s=0.2)
         replicas = stack.containers("rollout")
         assert len({stack.url(one) for one in replicas}) == 3, "each has a port of its own"
         killed = replicas[1]
         kill(killed)
-        until("further step", lambda: _step(stack, stack.rows()[-1]["step"] + 1), poll_s=0.2)
+        before = stack.rows()[-1]["step"]
+        stack.until("further step", lambda: _step(stack, before + 1), poll_s=0.2)
         stack.finish(process)
         last = {one["Name"]: _versions(stack, one)[-1] for one in stack.containers("rollout")}
         print("\n" + json.dumps(last))
