@@ -43,8 +43,20 @@ SCRIPTED = f"{SHORT} --set data.reward=operator:lt --set sampling.max_tokens=32"
 def short(clone: Path, command: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> Stack:
     """A run of eight small steps with a folder of its own on the host; `-k scripted` takes minutes."""
     if request.param == "vllm":
-        return Stack(clone, "flashrl-short", command, FLASHRL_TRAIN_ARGS=SHORT, FLASHRL_RUNS=str(tmp_path / "runs"))
+        return Stack(
+            clone,
+            "flashrl-short",
+            command,
+            FLASHRL_TRAIN_ARGS=SHORT,
+            FLASHRL_RUNS=str(tmp_path / "runs"),
+            FLASHRL_PORTS="8100-8109",
+        )
     files = ["-f", "compose.yaml", "-f", "tests/compose/scripted.yaml"]
     return Stack(
-        clone, "flashrl-short", [*command, *files], FLASHRL_TRAIN_ARGS=SCRIPTED, FLASHRL_RUNS=str(tmp_path / "runs")
+        clone,
+        "flashrl-short",
+        [*command, *files],
+        FLASHRL_TRAIN_ARGS=SCRIPTED,
+        FLASHRL_RUNS=str(tmp_path / "runs"),
+        FLASHRL_PORTS="8100-8109",
     )

@@ -97,7 +97,14 @@ def test_a_network_that_is_cut_for_half_a_minute_delays_the_run_and_no_more(shor
 def test_three_replicas_are_equal_at_the_end_though_one_was_killed(clone: Path, short: Stack) -> None:
     """Enough steps for an engine to start again before they are over."""
     more = short.environ("FLASHRL_TRAIN_ARGS").replace("run.steps=8", f"run.steps={STEPS_OF_THREE}")
-    stack = Stack(clone, "flashrl-three", short.command, FLASHRL_TRAIN_ARGS=more, FLASHRL_RUNS=str(short.runs))
+    stack = Stack(
+        clone,
+        "flashrl-three",
+        short.command,
+        FLASHRL_TRAIN_ARGS=more,
+        FLASHRL_RUNS=str(short.runs),
+        FLASHRL_PORTS="8110-8119",
+    )
     with stack.up("--scale", "rollout=3") as process:
         stack.until("second step", lambda: _step(stack, 2), poll_s=0.2)
         replicas = stack.containers("rollout")
