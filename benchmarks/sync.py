@@ -8,7 +8,8 @@ For each model a service is started as a process of its own, and gets updates fr
 loopback. `--changed` is the share of stored elements with other bits: of codes, and after a colon of everything else. A
 snapshot and a reload cost the same whatever has changed, and are made once. `make`: compare and encode, in the trainer,
 or write the checkpoint; `send`: begin to commit, or the reload; `pause`: sampling at rest, with no request and with
-`--sequences` running. Each number is the median of `--repeats`. Knows the publisher and the service's routes; knows nothing of what is learned.
+`--sequences` running. Each number is the median of `--repeats`. Knows the publisher and the service's routes; knows
+nothing of what is learned.
 """
 
 import argparse

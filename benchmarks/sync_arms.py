@@ -118,21 +118,17 @@ class Service:
 @contextmanager
 def asking(url: str, sequences: int) -> Iterator[None]:
     """So many clients ask for long samples, one after another, until the block ends and they leave."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(_ask(url, sequences, stop)))
     thread.start()
-    asked = asyncio.run_coroutine_threadsafe(_ask(url, sequences), loop)
     try:
         yield
     finally:
-        asked.cancel()
-        loop.call_soon_threadsafe(loop.stop)
+        stop.set()
         thread.join()
-        loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(loop), return_exceptions=True))
-        loop.close()
 
 
-async def _ask(url: str, sequences: int) -> None:
+async def _ask(url: str, sequences: int, stop: threading.Event) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as http:
 
         async def one(number: int) -> None:
@@ -140,7 +136,12 @@ async def _ask(url: str, sequences: int) -> None:
                 sampling = {"max_tokens": CONTEXT - 64, "seed": turn}
                 await http.post("/generate", json={"prompts": [[7, 5, 3, number]], "sampling": sampling})
 
-        await asyncio.gather(*map(one, range(sequences)))
+        clients = [asyncio.create_task(one(number)) for number in range(sequences)]
+        while not stop.is_set():
+            await asyncio.sleep(0.05)
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
 
 
 class Arms:
