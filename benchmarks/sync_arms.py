@@ -137,7 +137,7 @@ async def _ask(url: str, sequences: int, stop: threading.Event) -> None:
                 await http.post("/generate", json={"prompts": [[7, 5, 3, number]], "sampling": sampling})
 
         clients = [asyncio.create_task(one(number)) for number in range(sequences)]
-        while not stop.is_set():
+        while not stop.is_set():  # noqa: ASYNC110 (an asyncio.Event would belong to this loop)
             await asyncio.sleep(0.05)
         for client in clients:
             client.cancel()
