@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import zmq.auth
 
-from flashrl_rollout.security import read_keys, write_keys
+from flashrl_rollout.security import read_keys, read_token, write_keys
+from flashrl_trainer import token_file
 from flashrl_trainer.publisher import load_curve_keys
+from flashrl_trainer.settings import RolloutSettings
 
 
 @pytest.fixture
@@ -33,6 +35,15 @@ def test_a_secret_that_others_may_read_is_refused(folder: Path) -> None:
     (folder / "trainer" / "trainer.key_secret").chmod(0o640)
     with pytest.raises(ValueError, match=r"rollout\.keys_dir: .*trainer\.key_secret is readable by others"):
         load_curve_keys(folder / "trainer")
+
+
+def test_the_trainer_reads_the_token_that_the_service_wrote_unless_others_may(folder: Path) -> None:
+    settings = RolloutSettings(token_file=str(folder / "trainer" / "token"))
+    ours, theirs = token_file.read_token(settings), read_token(folder / "service" / "token", {})
+    assert ours == theirs is not None
+    (folder / "trainer" / "token").chmod(0o604)
+    with pytest.raises(ValueError, match=r"rollout\.token_file: .*token is readable by others; run chmod 600 on it"):
+        token_file.read_token(settings)
 
 
 @pytest.mark.parametrize("name", ["trainer.key_secret", "server.key"])
