@@ -59,9 +59,12 @@ def _bars(axis: Axes, known: Sequence[tuple[Run, dict[str, float]]]) -> None:
 
 def _stack(axis: Axes, run: Run) -> None:
     rows = [row for row in run.rows if row["step"]]
-    steps = [row["step"] for row in rows]
-    series = [[row.get(key) or 0.0 for row in rows] for key in PHASES.values()]
-    axis.stackplot(steps, *series, colors=COLORS[: len(PHASES)], linewidth=0, step="mid")  # type: ignore[arg-type]
+    steps = [int(row["step"] or 0) for row in rows]
+    bottoms = [0.0] * len(rows)
+    for color, key in zip(COLORS, PHASES.values(), strict=False):
+        heights = [row.get(key) or 0.0 for row in rows]
+        axis.bar(steps, heights, bottom=bottoms, width=1.0, color=color, linewidth=0)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     plain_axes(axis, "Seconds of each step", grid="y")
     axis.set_xlabel("step", color=INK)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
