@@ -45,7 +45,7 @@ class Encoded:
 
 
 def encode(changes: Iterable[Change], block_bytes: int = 2 << 20) -> Encoded:
-    """Encode CPU changes into blocks of at most `block_bytes` raw bytes."""
+    """Encode CPU changes into blocks of at most `block_bytes` raw bytes; one of no elements leaves no trace."""
     segments: list[Segment] = []
     chunks: list[Chunk] = []
     payloads: list[bytes] = []
@@ -53,6 +53,8 @@ def encode(changes: Iterable[Change], block_bytes: int = 2 << 20) -> Encoded:
     changed = 0
     raw: list[Bytes] = []
     for change in changes:
+        if not change.values.numel():  # the snapshot of a rank that has no rows of a part
+            continue
         segment, planes = _encode_segment(change)
         segments.append(segment)
         raw.extend(planes)

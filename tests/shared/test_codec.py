@@ -103,6 +103,12 @@ def test_nothing_is_encoded_as_nothing() -> None:
     assert (encoded.segments, encoded.chunks, encoded.payloads, decoded(encoded)) == ([], [], [], [])
 
 
+def test_shard_without_elements_leaves_no_trace() -> None:
+    there = Change("bf16", values_of("bf16", 2, 0), start=5)
+    encoded = codec.encode([delta.snapshot("bf16", values_of("bf16", 0, 0), 5), there])
+    assert [same(found, there) for found in decoded(encoded)] == [True]
+
+
 def test_sparse_changes_take_few_bytes() -> None:
     indices = torch.arange(0, NUMEL, 100)
     change = Change("int8", torch.ones(indices.numel(), dtype=torch.int8), indices)
