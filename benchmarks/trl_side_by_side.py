@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ def main() -> None:
     asked = arguments()
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(asked.threads)}
     rows: dict[str, list[Row]] = {"trl": [], "flashrl": [], "flashrl_update": []}
-    with tempfile.TemporaryDirectory() as name, service(asked, environ, Path(name)) as (port, process):
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        served = None if asked.training_only else stack.enter_context(service(asked, environ, Path(name)))
         for number in range(asked.rounds):
             folder = Path(name) / f"round-{number}"
             folder.mkdir()
             rows["trl"] += trl_steps(asked, environ, folder, number)
             rows["flashrl_update"] += flashrl_updates(asked, environ, folder)
-            rows["flashrl"] += flashrl_steps(asked, environ, folder, port, process, number)
+            if served is not None:
+                rows["flashrl"] += flashrl_steps(asked, environ, folder, *served, number)
             print(table(rows), flush=True)
     if asked.json:
         asked.json.write_text(
@@ -59,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl-python", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/tiny_arith/model")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--training-only", action="store_true", help="start no service and make no whole steps")
     for name, value in (("rounds", 2), ("steps", 2), ("prompts", 16), ("samples", 8), ("max-tokens", 80)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=1)
@@ -165,11 +168,12 @@ def table(rows: dict[str, list[Row]]) -> str:
         theirs = statistics.median(row["tokens"] / row[key] for row in trl)
         ours = statistics.median(row["tokens"] / row[key.replace("train_cpu", "cpu")] for row in update)
         lines.append(f"| {name} | {theirs:,.0f} | {ours:,.0f} | {ours / theirs:.2f} |")
-    for name, key in (("whole step, s", "step_s"), ("whole step, CPU s", "step_cpu_s")):
+    for name, key in (("whole step, s", "step_s"), ("whole step, CPU s", "step_cpu_s")) if whole else ():
         theirs, ours = (statistics.median(row[key] for row in each) for each in (trl, whole))
         lines.append(f"| {name} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} |")
-    tokens = [statistics.median(row["response_tokens"] for row in each) for each in (trl, whole)]
-    lines.append(f"| response tokens a step | {tokens[0]:,.0f} | {tokens[1]:,.0f} | |")
+    if whole:
+        tokens = [statistics.median(row["response_tokens"] for row in each) for each in (trl, whole)]
+        lines.append(f"| response tokens a step | {tokens[0]:,.0f} | {tokens[1]:,.0f} | |")
     return "\n".join(lines)
 
 
