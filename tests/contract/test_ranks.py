@@ -25,7 +25,7 @@ def weights(run: Path, step: int, file: Path) -> dict[str, Tensor]:
 def test_two_ranks_step_stop_and_go_on_as_one_process(straight: Straight, workshop: Workshop, tmp_path: Path) -> None:
     service = workshop.service(token_s=0.03)
     ranks = workshop.ranks(2, service.url)
-    until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 2 and service.is_sampling, ranks[0])
+    until(lambda: len(workshop.recorded()) == 2 and service.is_sampling, ranks[0])
     for rank in ranks:  # a terminal's Ctrl-C reaches every process
         rank.signal(signal.SIGINT)
     ended = [rank.wait() for rank in ranks]

@@ -43,7 +43,7 @@ def no_traceback(ended: Ended) -> bool:
 def test_ctrl_c_while_sampling_ends_at_once_and_loses_nothing(straight: Straight, workshop: Workshop) -> None:
     service = workshop.service(token_s=SLOW_S)
     trainer = workshop.trainer(service.url)
-    until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 2 and service.is_sampling, trainer)
+    until(lambda: len(workshop.recorded()) == 2 and service.is_sampling, trainer)
     trainer.signal(signal.SIGINT)
     ended = trainer.wait()
     run = workshop.run_folder()
@@ -102,7 +102,7 @@ def test_service_that_is_killed_and_restarted_gets_its_weights_again(straight: S
 def test_service_that_dies_for_good_ends_the_run_with_a_checkpoint(straight: Straight, workshop: Workshop) -> None:
     service = workshop.service(token_s=SLOW_S)
     trainer = workshop.trainer(service.url, rollout__connect_deadline_s=1.0, checkpoint__every=0)
-    until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 2 and service.is_sampling, trainer)
+    until(lambda: len(workshop.recorded()) == 2 and service.is_sampling, trainer)
     service.kill()
     ended = trainer.wait()
     run = workshop.run_folder()

@@ -130,7 +130,7 @@ def test_run_that_samples_ahead_trains_on_samples_of_one_version_ago(workshop: W
 def test_interrupted_run_that_samples_ahead_goes_on(workshop: Workshop) -> None:
     service = workshop.service(token_s=0.02)
     trainer = workshop.trainer(service.url, algorithm__max_staleness=1)
-    until(lambda: workshop.runs.exists() and len(rows(workshop.run_folder())) == 3, trainer)
+    until(lambda: len(workshop.recorded()) == 3, trainer)
     trainer.signal(signal.SIGINT)
     ended = trainer.wait()
     assert ended.code == 130, ended.errors

@@ -114,6 +114,11 @@ class Workshop:
         (folder,) = self.runs.iterdir()
         return folder
 
+    def recorded(self) -> list[Row]:
+        """What the only run has recorded so far; nothing while there is none."""
+        folders = list(self.runs.iterdir()) if self.runs.exists() else []
+        return rows(folders[0]) if folders else []
+
     def end(self) -> None:
         """Leave no process behind."""
         for program in self.started:
