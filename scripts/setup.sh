@@ -27,6 +27,8 @@ if ! compgen -G "${UV_FIND_LINKS:-/nonexistent}/torch-2.13.0+cpu*.whl" >/dev/nul
   options=(--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 fi
 [ -n "$UV_FIND_LINKS" ] || unset UV_FIND_LINKS
+# where Python is told to write no byte code, every process of vLLM would compile all it imports, half a minute each time
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--compile-bytecode)
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --override scripts/cpu-overrides.txt "${options[@]}" \
   --editable '.[trainer,rollout-cpu]' --group dev
 "$venv/bin/python" -c 'import vllm.version, torch' || { echo "setup: the installed packages do not import" >&2; exit 1; }

@@ -1,5 +1,7 @@
 """Merged updates against the same updates written one after another."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def test_merged_walk_ends_where_the_single_steps_end(dtype: torch.dtype, density
         bits = state.view(torch.uint8).reshape(200, -1)
         bits[drawn] = random_values(200, dtype, generator).view(torch.uint8).reshape(200, -1)[drawn]
         states.append(state)
-    steps = [diff("w", old, new) for old, new in zip(states, states[1:], strict=False)]
+    steps = [diff("w", old, new) for old, new in pairwise(states)]
     merged = merge([step[0] for step in steps if step])
     walked = states[0].clone()
     for change in merged:

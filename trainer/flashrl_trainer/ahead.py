@@ -18,8 +18,10 @@ _STOP_S = 5.0
 
 
 class Ahead:
-    """Steps are begun in order, each at most `max_ahead` steps before the one being trained, up to step `last` (None: no
-    end). `cancel` makes a sampler at work give up."""
+    """Steps are begun in order, each at most `max_ahead` steps before the one being trained.
+
+    `last` is the number of the last step (None: no end); `cancel` makes a sampler at work give up.
+    """
 
     def __init__(self, sampler: Draws, max_ahead: int, last: int | None, cancel: Callable[[], None]) -> None:
         self._sampler, self._max_ahead, self._last, self._cancel = sampler, max_ahead, last, cancel
