@@ -95,6 +95,7 @@ def test_eval_names_a_folder_that_the_service_may_not_read(workshop: Workshop) -
 
 def test_doctor_finds_nothing_missing_and_touches_nothing(workshop: Workshop) -> None:
     service = workshop.service()
+    service.until_ready()
     before = service.weights()
     ended = workshop.trainer(service.url, command="doctor").wait()
     lines = ended.output.splitlines()
@@ -106,6 +107,7 @@ def test_doctor_finds_nothing_missing_and_touches_nothing(workshop: Workshop) ->
 
 def test_doctor_names_all_that_is_missing(workshop: Workshop) -> None:
     service = workshop.service()
+    service.until_ready()
     wrong: dict[str, Any] = {"data__train": "/no/such.jsonl", "rollout__quantization": "fp8"}
     ended = workshop.trainer(service.url, command="doctor", **wrong).wait()
     assert ended.code == 1

@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 
-from tests.helpers.forked import ServiceProgram, free_ports
+from tests.helpers.forked import free_ports
 from tests.helpers.sync_rig import Fleets, load, train
 from tests.helpers.workshop import MODEL, Workshop
 from transformers import AutoConfig, AutoTokenizer
@@ -26,12 +26,6 @@ def identity() -> Identity:
     return Identity("int8", tokenizer_hash(vocab), AutoConfig.from_pretrained(MODEL).vocab_size)
 
 
-def until_ready(*services: ServiceProgram) -> None:
-    for service in services:
-        while not service.is_ready:
-            assert not service.ends_within(0.02), service.errors
-
-
 def until_all_in_use(fleet: Fleet, count: int) -> None:
     end = time.monotonic() + LIMIT_S
     while len(fleet.in_use()) < count or len(fleet.replicas) > count:
@@ -46,7 +40,8 @@ def rss_mib() -> float:
 def test_three_replicas_end_bit_identical(workshop: Workshop, fleets: Fleets, ranks: Ranks) -> None:
     ports = free_ports(2)
     killed, stopped = workshop.service(ports), workshop.service()
-    until_ready(killed, stopped)
+    killed.until_ready()
+    stopped.until_ready()
     known = [killed.url, stopped.url]
     fleet = fleets.of(known, straggler_s=STRAGGLER_S, deadline_s=LIMIT_S)
     policy = load(MODEL, ranks)

@@ -115,6 +115,11 @@ class ServiceProgram(Program):
         """POST /generate."""
         return dict(self._http.post("/generate", json=body).raise_for_status().json())
 
+    def until_ready(self) -> None:
+        """Return once it is; AssertionError with its errors if it ends before that."""
+        while not self.is_ready:
+            assert not self.ends_within(0.02), self.errors
+
     def weights(self) -> dict[str, Any]:
         """GET /weights."""
         return dict(self._http.get("/weights").raise_for_status().json())

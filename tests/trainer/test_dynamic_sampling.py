@@ -77,6 +77,7 @@ def test_reward_and_counts_are_over_all_groups_seen() -> None:
             "response/mean_tokens": 2,
             "staleness/mean": 0,
             "staleness/max": 0,
+            "staleness/dropped_groups": 0,
         }
     )
 
