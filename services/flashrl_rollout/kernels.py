@@ -4,6 +4,8 @@ A kernel computes straight from the layer's stored tensors, or from a packed cop
 nothing of loading, names or updates.
 """
 
+import logging
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +15,8 @@ from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 from flashrl_wire.quantize import RowStorage
+
+logger = logging.getLogger(__name__)
 
 _SMALLEST_FP8_SCALE = 1.0 / (448.0 * 512.0)  # the floor that vLLM's CUDA kernel puts under an activation's scale
 _PRIMITIVES = 32  # oneDNN primitives kept per layer, one for each batch size seen
@@ -75,8 +79,8 @@ class CpuInt8:
         return out.view(*x.shape[:-1], weight.shape[0])
 
 
-class CpuFp8:
-    """Emulation: exact e4m3 products summed in fp32, as on a GPU but slowly and on a fp32 copy of the codes."""
+class _WideCodes:
+    """A copy of the codes in fp32, where their products are exact and sums are to 24 bits; slow, four bytes each."""
 
     def __init__(self) -> None:
         self._codes = torch.empty(0)
@@ -87,14 +91,52 @@ class CpuFp8:
             self._codes = torch.empty(weight.shape, dtype=torch.float32)
         self._codes.copy_(weight)
 
+    def _product(self, codes: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Codes [M, K] fp32 and x_scale [M, 1] -> [M, N] fp32."""
+        out = functional.linear(codes, self._codes) * x_scale * scale.t()
+        return out if bias is None else out + bias
+
+
+class CpuInt8Wide(_WideCodes):
+    """INT8 for a CPU whose oneDNN saturates: the same codes as `CpuInt8`, summed in fp32."""
+
+    def __call__(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Quantize x per token, symmetric, and multiply."""
+        rows = x.reshape(-1, x.shape[-1])
+        codes, x_scale, _ = ops.onednn_scaled_int8_quant(rows)
+        return self._product(codes.float(), x_scale, scale, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+class CpuFp8(_WideCodes):
+    """Emulation: exact e4m3 products summed in fp32, as on a GPU."""
+
     def __call__(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Quantize x per token to e4m3 and multiply."""
         rows = x.reshape(-1, x.shape[-1]).float()
         x_scale = (rows.abs().amax(dim=1, keepdim=True) / 448.0).clamp_min(_SMALLEST_FP8_SCALE)
         codes = (rows / x_scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
-        out = functional.linear(codes, self._codes) * x_scale * scale.t()
-        out = out if bias is None else out + bias
-        return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return self._product(codes, x_scale, scale, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+@cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN sums int8 products without loss; on a CPU without VNNI it adds pairs in 16 bits, saturating.
+
+    Asked with the largest codes of either sign, where every such pair saturates, for one token and for many.
+    """
+    k, n, code = 256, 64, 127
+    weight = torch.full((n, k), code, dtype=torch.int8)
+    weight[::2] = -code
+    ones = torch.ones((n, 1), dtype=torch.float32)
+    kernel = CpuInt8()
+    kernel.refresh(weight, ones)
+    for num_tokens in (1, 64):
+        found = kernel(torch.ones((num_tokens, k), dtype=torch.bfloat16), weight, ones, None)
+        exact = weight.float().sum(dim=1).to(torch.bfloat16).expand(num_tokens, n)
+        if not torch.allclose(found.float(), exact.float(), rtol=2**-7, atol=0.0):
+            logger.warning("oneDNN's int8 sums saturate on this CPU (no VNNI): int8 is computed in fp32 instead")
+            return False
+    return True
 
 
 def device() -> Literal["cpu", "cuda"]:
@@ -105,12 +147,18 @@ def device() -> Literal["cpu", "cuda"]:
 def make_kernel(storage: RowStorage) -> Kernel:
     """A layer's kernel on this device; ValueError where there is none."""
     if current_platform.is_cpu():
-        return CpuInt8() if storage == "int8_rows" else CpuFp8()
+        return _make_cpu_kernel(storage)
     if storage == "int8_rows" and current_platform.has_device_capability(100):
         raise ValueError("quantization: int8 has no kernel on this GPU (compute capability 10 or newer); use fp8")
     if storage == "fp8_rows" and not current_platform.has_device_capability(89):
         raise ValueError("quantization: fp8 has no kernel on this GPU (compute capability below 8.9); use int8")
     return CudaInt8() if storage == "int8_rows" else CudaFp8()
+
+
+def _make_cpu_kernel(storage: RowStorage) -> Kernel:
+    if storage == "fp8_rows":
+        return CpuFp8()
+    return CpuInt8() if onednn_is_exact() else CpuInt8Wide()
 
 
 def _renewed(held: ops.CPUDNNLGEMMHandler | None, packed: ops.CPUDNNLGEMMHandler) -> ops.CPUDNNLGEMMHandler:
