@@ -128,6 +128,12 @@ def start_scripted(log: Path, options: dict[str, Any], port: int, weights_port: 
     return running
 
 
+def start_real(model: Path, log: Path, port: int, weights_port: int, *flags: str) -> ServiceProcess:
+    """`flashrl-rollout serve` on ports of the caller's, who has to `kill` or `stop` it; not ready when this returns."""
+    arguments = ["flashrl_rollout", "serve", "--model", str(model), *flags]
+    return _start(arguments, log, {"port": port, "weights_port": weights_port})
+
+
 @contextmanager
 def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> Iterator[ServiceProcess]:
     with _ending_on_sigterm():

@@ -14,9 +14,11 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
+from flashrl_rollout.cpu_bf16 import has_bf16, wide_linear_operator
 from flashrl_rollout.kernels import Kernel
 from flashrl_wire.quantize import CODE_DTYPE, RowStorage, quantize_rows
 
@@ -85,4 +87,15 @@ class Bf16CpuLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Let the product read the weight itself."""
-        layer.cpu_linear = functional.linear
+        layer.cpu_linear = functional.linear if has_bf16() else wide_linear_operator()
+
+
+class Bf16CpuEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """An embedding or head on the CPU, whose product is widened where the CPU has no bf16; vLLM's own where it has."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Choose the product."""
+        if has_bf16():
+            super().process_weights_after_loading(layer)
+        else:
+            layer.cpu_linear = wide_linear_operator()

@@ -13,11 +13,12 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from flashrl_rollout.kernels import make_kernel
 from flashrl_rollout.layer_selection import LayerSelection
-from flashrl_rollout.linear_method import Bf16CpuLinearMethod, RowsLinearMethod
+from flashrl_rollout.linear_method import Bf16CpuEmbeddingMethod, Bf16CpuLinearMethod, RowsLinearMethod
 from flashrl_wire.quantize import CODE_DTYPE
 
 
@@ -40,6 +41,8 @@ class _RowsConfig(QuantizationConfig):  # type: ignore[misc]
             raise ValueError(
                 f"quantization: {prefix} is a mixture of experts, which {self.get_name()} does not support"
             )
+        if isinstance(layer, VocabParallelEmbedding) and current_platform.is_cpu():
+            return Bf16CpuEmbeddingMethod()
         if not isinstance(layer, LinearBase):
             return None
         return self._linear_method() if self._quantizes(layer, prefix) else _bf16_method()

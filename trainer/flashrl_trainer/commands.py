@@ -19,6 +19,7 @@ from flashrl_trainer.fleet import Fleet
 from flashrl_trainer.fleet_start import open_fleet
 from flashrl_trainer.interrupt import Interrupt, ignore_signals
 from flashrl_trainer.metrics import MetricsWriter
+from flashrl_trainer.model import dtype_advice
 from flashrl_trainer.run_folder import AUTO, choose_folder
 from flashrl_trainer.samples import Prompt
 from flashrl_trainer.settings import TrainerConfig
@@ -46,6 +47,9 @@ def train(config: TrainerConfig, stem: str, resume: str) -> None:
         writer = stack.enter_context(MetricsWriter(folder, config, active=ranks.is_main, open_mirror=open_mirrors))
         if fleet is not None:
             stack.callback(fleet.close, run_id)
+        advice = dtype_advice(ranks.device.type, config.model.compute_dtype)
+        if advice and ranks.is_main:
+            say(advice)
         policy = assemble.make_policy(config, ranks)
         sync = assemble.make_sync(config, fleet, ranks, run_id, interrupt)
         loop, updater, store = assemble.make_loop(config, ranks, inputs, policy, sync, fleet, writer, interrupt, folder)

@@ -14,6 +14,7 @@ from rich.console import Console
 from flashrl_trainer import assemble
 from flashrl_trainer.discovery import finder
 from flashrl_trainer.fleet_start import replica_maker
+from flashrl_trainer.model import dtype_advice
 from flashrl_trainer.replica import Replica
 from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_trainer.settings import TrainerConfig
@@ -57,7 +58,8 @@ def _device(config: TrainerConfig) -> str:
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise MissingError("model.device is cuda and there is no CUDA device")
     if config.model.device == "cpu" or not torch.cuda.is_available():
-        return f"CPU, {torch.get_num_threads()} threads"
+        advice = dtype_advice("cpu", config.model.compute_dtype)
+        return f"CPU, {torch.get_num_threads()} threads" + (f"; {advice}" if advice else "")
     free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info())
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free"
 

@@ -100,6 +100,13 @@ class Policy(nn.Module):
         return ModelSize(blocks, lm.lm_head.weight.numel(), heads * head_size * len(lm.model.layers))
 
 
+def dtype_advice(device_type: str, compute_dtype: str) -> str | None:
+    """What to do where the device computes in `compute_dtype` much slower than it could; None where it does not."""
+    if device_type == "cpu" and compute_dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bf16: model.compute_dtype = float32 is several times faster on it"
+    return None
+
+
 def load_policy(
     path: str,
     ranks: Ranks,
