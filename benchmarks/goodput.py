@@ -86,12 +86,12 @@ class Replicas:
 
 @contextmanager
 def killing(replicas: Replicas, fleet: Fleet, every_s: float, arm: Arm) -> Iterator[None]:
-    """Kill one after the other inside, `every_s` seconds apart."""
-    stop = threading.Event()
+    """Kill one after the other inside, `every_s` seconds apart or as soon as the last one is back."""
+    stop, begin = threading.Event(), time.monotonic()
 
     def work() -> None:
-        for index in itertools.cycle(range(len(replicas.urls))):
-            if stop.wait(every_s):
+        for count, index in enumerate(itertools.cycle(range(len(replicas.urls))), start=1):
+            if stop.wait(max(0.0, begin + count * every_s - time.monotonic())):
                 return
             start = time.monotonic()
             service = replicas.kill_and_restart(index)

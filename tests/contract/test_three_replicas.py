@@ -5,6 +5,7 @@ Real processes and signals; the engines compute no model, and hold the real weig
 
 import resource
 import signal
+import threading
 import time
 
 from tests.helpers.forked import free_ports
@@ -70,3 +71,24 @@ def test_three_replicas_end_bit_identical(workshop: Workshop, fleets: Fleets, ra
     assert rss_mib() - before < 200
     lost = [line for line in fleets.said if "gets no prompts" in line]
     assert {killed.url, stopped.url} <= {line.split()[0] for line in lost}
+
+
+def test_a_process_that_dies_within_an_update_is_not_waited_for(
+    workshop: Workshop, fleets: Fleets, ranks: Ranks
+) -> None:
+    stays, dies = workshop.service(), workshop.service(faults={"apply_delay_s": 600.0})
+    stays.until_ready()
+    dies.until_ready()
+    sync = WeightSync(
+        fleets.of([stays.url, dies.url], straggler_s=300.0), "run-a", ranks, block_bytes=1 << 20, ring_bytes=64 << 20
+    )
+    policy = load(MODEL, ranks)
+    sync.connect(policy, identity(), 0, fresh=True)
+    train(policy, 1, share=0.001)
+    timer = threading.Timer(2.0, dies.kill)
+    timer.start()
+    row = sync.push(policy)
+    assert not timer.is_alive(), "it was alive while the other committed"
+    assert (row["sync/replicas"], stays.weights()["version"]) == (1, 1)
+    assert row["sync/seconds"] < LIMIT_S
+    assert any(line.startswith(f"{dies.url} gets no prompts: /health was not answered") for line in fleets.said)

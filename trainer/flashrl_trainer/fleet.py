@@ -210,11 +210,12 @@ class Fleet:
     def _settle(
         self, jobs: dict["Future[Sent]", Replica]
     ) -> tuple[dict[Replica, Sent], list[BaseException], list[Replica]]:
-        """How each push ended, and which replicas are late."""
+        """How each push ended, and which replicas are late, or were lost meanwhile and are not waited for."""
         sent: dict[Replica, Sent] = {}
         errors: list[BaseException] = []
         pending, end = set(jobs), float("inf")
-        while pending and time.monotonic() < end:
+        served = {job for job, replica in jobs.items() if replica.is_in_use}
+        while time.monotonic() < end and any(not sent or jobs[job].is_in_use or job not in served for job in pending):
             done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             for job in done:
                 error = job.exception()
@@ -233,7 +234,7 @@ class Fleet:
                 self._ring.add(update)
             for replica in sent:
                 replica.admit(update.target)
-        for replica in late:
+        for replica in filter(lambda replica: replica.is_in_use, late):
             self.fence(replica, f"version {update.target.version} did not arrive within {self._straggler_s:g} s")
         with self._changed:
             self._fence_those_behind()

@@ -15,7 +15,8 @@ from flashrl_trainer.rollout_client import ServiceUnreachableError
 from flashrl_wire.errors import WireError
 
 TICK_S = 0.1
-PROBE_EVERY_S, PROBE_TIMEOUT_S, MAX_MISSES = 2.0, 5.0, 3
+PROBE_EVERY_S, PROBE_TIMEOUT_S, MAX_MISSES = 1.0, 5.0, 3
+STARTING_EVERY_S = 0.5
 FIND_EVERY_S = 2.0
 
 
@@ -85,6 +86,7 @@ class Keeper:
     def _bring_back(self, replica: Replica) -> None:
         state = replica.client.ready_state()
         if state is not None:
+            replica.look_again_in(STARTING_EVERY_S)
             self._explain(replica, state, None)
             return
         while not self._fleet.stopping.is_set():
