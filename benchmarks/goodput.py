@@ -33,7 +33,7 @@ from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.weight_sync import WeightSync
 from flashrl_wire.messages import GenerateRequest, Sampling
 
-TOKEN_S, MAX_TOKENS, REQUESTS = 0.05, 40, 768  # three rounds of 64 requests at each of four replicas
+TOKEN_S, MAX_TOKENS, REQUESTS = 0.1, 40, 768  # three rounds of 64 requests at each of four replicas
 RECIPE = "configs/tiny_arith.toml"
 
 

@@ -35,7 +35,7 @@ def test_ranges_that_touch_become_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("density", [0.005, 0.02, 0.3, 1.0])
 def test_merged_walk_ends_where_the_single_steps_end(dtype: torch.dtype, density: float) -> None:
     generator = torch.Generator().manual_seed(7)
     states = [random_values(200, dtype, generator)]

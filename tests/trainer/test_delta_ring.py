@@ -112,13 +112,24 @@ def test_same_weights_count_under_another_number() -> None:
     assert filled(made).since(Held(0, held(3).digest)) == made[3:]
 
 
-def test_deltas_that_are_larger_than_the_whole_are_not_worth_it() -> None:
+def test_deltas_that_are_larger_than_the_whole_are_still_one() -> None:
     walk = [torch.zeros(4000).bfloat16()]
-    for seed in range(3):
+    for seed in range(4):
         new = walk[-1].clone()
-        new[: 2 * 950 : 2] = torch.randn(950, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        new[1 : 2 * 900 : 2] = torch.randn(900, generator=torch.Generator().manual_seed(seed + 9)).bfloat16()
+        new[seed : 2 * 950 : 2] = torch.randn(950, generator=torch.Generator().manual_seed(seed)).bfloat16()[
+            seed // 2 :
+        ]
         walk.append(new)
     ring = filled(deltas(walk))
-    assert ring.since(held(0)) == []
-    assert len(ring.since(held(2))) == 1
+    assert ring.wire_bytes > 1.5 * LAYOUT.num_bytes / 2
+    assert equal_bits(applied(ring.merged(ring.since(held(0))), walk[0]), walk[-1])
+
+
+def test_what_was_merged_is_gone_on_with_from_the_same_start_only() -> None:
+    walk = states(9)
+    made = deltas(walk)
+    ring = filled(made[:4])
+    for count in range(4, len(made)):
+        for start in (0, 0, 2):  # again, and a replica that missed less
+            assert equal_bits(applied(ring.merged(ring.since(held(start))), walk[start]), walk[count])
+        ring.add(made[count])

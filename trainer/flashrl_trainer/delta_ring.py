@@ -19,9 +19,10 @@ class DeltaRing:
     """A chain: each delta starts where the one before it ended. Used under its owner's lock."""
 
     def __init__(self, layout: WeightLayout, max_bytes: int, block_bytes: int) -> None:
-        self._layout, self._max_bytes, self._block_bytes = layout, max_bytes, block_bytes
+        self._max_bytes, self._block_bytes = max_bytes, block_bytes
         self._parts = {part.name: part for part in layout.parts()}
         self._deltas: deque[Outgoing] = deque()
+        self._merged: Outgoing | None = None
 
     @property
     def wire_bytes(self) -> int:
@@ -37,7 +38,7 @@ class DeltaRing:
             self._deltas.popleft()
 
     def since(self, held: Held) -> list[Outgoing]:
-        """The deltas that lead from `held` to the latest state; none where it is too old, or worth a snapshot.
+        """The deltas that lead from `held` to the latest state; none where it is too old.
 
         A state counts by its digest: the same weights may stand under another number.
         """
@@ -47,14 +48,24 @@ class DeltaRing:
         for start in reversed(range(len(deltas))):
             base = deltas[start].base
             if base is not None and base.digest == held.digest:
-                path = deltas[start:]
-                return path if sum(delta.wire_bytes for delta in path) < self._layout.num_bytes else []
+                return deltas[start:]
         return []
 
     def merged(self, path: Sequence[Outgoing]) -> Outgoing:
-        """The deltas of `since` as one."""
+        """The deltas of `since` as one.
+
+        The last one made is kept: services start again from the same weights, so the next begins where it did.
+        """
+        last = self._merged
+        covered = [delta.target for delta in path]
+        if last is not None and last.base == path[0].base and last.target in covered:
+            path = [last, *path[covered.index(last.target) + 1 :]]
         if len(path) == 1:
             return path[0]
+        self._merged = self._as_one(path)
+        return self._merged
+
+    def _as_one(self, path: Sequence[Outgoing]) -> Outgoing:
         changes = merge(change for delta in path for change in self._changes(delta))
         encoded = codec.encode(changes, self._block_bytes)
         return Outgoing(
