@@ -93,8 +93,8 @@ class _WideCodes:
 
     def _product(self, codes: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Codes [M, K] fp32 and x_scale [M, 1] -> [M, N] fp32."""
-        out = functional.linear(codes, self._codes) * x_scale * scale.t()
-        return out if bias is None else out + bias
+        out = functional.linear(codes, self._codes).mul_(x_scale).mul_(scale.t())
+        return out if bias is None else out.add_(bias)
 
 
 class CpuInt8Wide(_WideCodes):
