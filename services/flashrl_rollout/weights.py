@@ -117,26 +117,28 @@ class Weights:
         self._is_paused = True
 
     async def _replace(self, write: Write, version: int, expected_digest: str | None) -> None:
-        was_poisoned = self.poisoned
-        self.poisoned = True  # until this write is known to be whole or undone; a cancelled one is neither
+        was_poisoned, is_doubtful = self.poisoned, True  # until the write is known to be whole or undone
         try:
-            shifts = await self._limited(write())
-        except EngineDeadError:
-            raise  # what is left of it must not sample: nobody knows from which weights
-        except EngineError:
-            self.poisoned = was_poisoned
-            raise
-        try:
-            digests = await self._engine.digests() if was_poisoned else self._shifted(shifts)
-            found = self._combine(digests)
-            if expected_digest is not None and found != expected_digest:
-                raise DigestMismatchError(f"written weights have digest {found}, declared was {expected_digest}")
-            await self._limited(self._engine.keep(version))
-        except (EngineError, DigestMismatchError):
-            await self._limited(self._engine.revert())
-            self.poisoned = was_poisoned
-            raise
-        self._digests, self._gate.version, self.poisoned = digests, version, False
+            try:
+                shifts = await self._limited(write())
+            except EngineDeadError:
+                raise  # what is left of it must not sample: nobody knows from which weights
+            except EngineError:
+                is_doubtful = was_poisoned
+                raise
+            try:
+                digests = await self._engine.digests() if was_poisoned else self._shifted(shifts)
+                found = self._combine(digests)
+                if expected_digest is not None and found != expected_digest:
+                    raise DigestMismatchError(f"written weights have digest {found}, declared was {expected_digest}")
+                await self._limited(self._engine.keep(version))
+            except (EngineError, DigestMismatchError):
+                await self._limited(self._engine.revert())
+                is_doubtful = was_poisoned
+                raise
+            self._digests, self._gate.version, is_doubtful = digests, version, False
+        finally:  # not before: who asks meanwhile is told of the last version, not of a doubt
+            self.poisoned = is_doubtful
 
     def _shifted(self, shifts: Mapping[str, PartDigest]) -> dict[str, PartDigest]:
         return self._digests | {name: self._digests[name] + shift for name, shift in shifts.items()}

@@ -158,6 +158,20 @@ async def test_commit_goes_on_when_its_client_leaves(rig: Rig) -> None:
     assert (await rig.trainer.commit(transfer_id)).json()["version"] == 1
 
 
+async def test_who_asks_during_a_write_hears_of_the_last_version_and_no_doubt(rig: Rig) -> None:
+    rig.engine.faults.apply_delay_s = 0.3
+    before = await rig.weights()
+    transfer_id = await rig.trainer.staged(rig.delta())
+    commit = asyncio.create_task(rig.trainer.commit(transfer_id))
+    await rig.until(lambda: rig.parts.gate.is_closed_by("commit"))
+    await asyncio.sleep(0.1)
+    during = await rig.weights()
+    assert not commit.done()
+    assert [during[name] for name in ("version", "digest", "poisoned")] == [0, before["digest"], False]
+    assert "flashrl_poisoned 0.0" in (await rig.http.get("/metrics")).text
+    assert (await commit).json()["version"] == 1
+
+
 async def test_request_waits_for_the_commit_and_sees_its_version(rig: Rig) -> None:
     rig.engine.faults.apply_delay_s = 0.05
     transfer_id = await rig.trainer.staged(rig.delta())
