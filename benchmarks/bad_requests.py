@@ -127,7 +127,7 @@ def _loads() -> Iterator[BadRequest]:
         return _post(f"load {name}", "/load_weights", json.dumps(body).encode(), *statuses)
 
     checkpoint: dict[str, Any] = {"kind": "checkpoint", "path": "/nowhere", "version": 7}
-    yield load("of no kind", 422, kind="pickle")
+    yield load("of no kind", 422, kind="tarball")
     yield load("outside of the roots", 403, **checkpoint)
     for path in ("/", "..", "/etc", "/proc/self/environ", "~", "a" * 4096):
         yield load(f"path {path[:20]}", 403, 422, **checkpoint | {"path": path})

@@ -4,4 +4,4 @@ set -eu
 python -m venv /opt/uv
 /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check --quiet uv==0.13.9
 "$@"
-rm -rf /opt/uv /tmp/* /root/.cache
+rm -rf /opt/uv /tmp/* "$HOME/.cache"

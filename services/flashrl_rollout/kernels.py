@@ -91,10 +91,11 @@ class _WideCodes:
             self._codes = torch.empty(weight.shape, dtype=torch.float32)
         self._codes.copy_(weight)
 
-    def _product(self, codes: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Codes [M, K] fp32 and x_scale [M, 1] -> [M, N] fp32."""
+    def _product(self, x: Tensor, codes: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Of x [..., K] as codes [M, K] fp32 times x_scale [M, 1]: [..., N] in x's dtype."""
         out = functional.linear(codes, self._codes).mul_(x_scale).mul_(scale.t())
-        return out if bias is None else out.add_(bias)
+        out = out if bias is None else out.add_(bias)
+        return out.to(x.dtype).view(*x.shape[:-1], out.shape[1])
 
 
 class CpuInt8Wide(_WideCodes):
@@ -104,7 +105,7 @@ class CpuInt8Wide(_WideCodes):
         """Quantize x per token, symmetric, and multiply."""
         rows = x.reshape(-1, x.shape[-1])
         codes, x_scale, _ = ops.onednn_scaled_int8_quant(rows)
-        return self._product(codes.float(), x_scale, scale, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return self._product(x, codes.float(), x_scale, scale, bias)
 
 
 class CpuFp8(_WideCodes):
@@ -115,7 +116,7 @@ class CpuFp8(_WideCodes):
         rows = x.reshape(-1, x.shape[-1]).float()
         x_scale = (rows.abs().amax(dim=1, keepdim=True) / 448.0).clamp_min(_SMALLEST_FP8_SCALE)
         codes = (rows / x_scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
-        return self._product(codes, x_scale, scale, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return self._product(x, codes, x_scale, scale, bias)
 
 
 @cache

@@ -4,6 +4,7 @@ Knows which layers are quantized and what runs them; knows nothing of engines or
 """
 
 import logging
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ class _RowsConfig(QuantizationConfig):  # type: ignore[misc]
         device = current_platform.device_type
         return selection.quantizes(prefix, self.packed_modules_mapping, _num_elements(layer), device)
 
+    @abstractmethod
     def _linear_method(self) -> QuantizeMethodBase:
-        raise NotImplementedError
+        """What holds and runs a layer that is quantized."""
 
 
 class Int8Config(_RowsConfig):

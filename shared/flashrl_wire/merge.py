@@ -12,7 +12,7 @@ from torch import Tensor
 from flashrl_wire.delta import Change
 from flashrl_wire.digest import bits
 
-_DENSE = 16  # from one written element in so many on, memory for all of them is smaller than what sorting takes
+_DENSE_SHARE = 1 / 8  # of elements written, from which writing them takes less time and memory than sorting
 
 
 def merge(changes: Iterable[Change]) -> list[Change]:
@@ -28,7 +28,7 @@ def merge(changes: Iterable[Change]) -> list[Change]:
 
 def _last_written(changes: list[Change]) -> Change:
     total, end = sum(change.values.numel() for change in changes), max(map(_end, changes))
-    indices, kept = _written(changes, end) if total * _DENSE >= end else _sorted(changes)
+    indices, kept = _written(changes, end) if total >= _DENSE_SHARE * end else _sorted(changes)
     changed = min(len(indices), sum(change.changed for change in changes))
     start = int(indices[0])
     values = kept.view(changes[0].values.dtype)

@@ -28,7 +28,7 @@ def _is_complete(stack: Stack) -> None:
 
 def _staged(pid: int) -> bool:
     """Whether an update lies in a service's shared memory: chunks have arrived, and it is not committed yet."""
-    return any(Path(f"/proc/{pid}/root/dev/shm").glob("flashrl-*/*.staged"))
+    return any(Path("/proc", str(pid), "root", "dev", "shm").glob("flashrl-*/*.staged"))
 
 
 def _versions(stack: Stack, container: dict[str, Any]) -> list[tuple[int, str]]:

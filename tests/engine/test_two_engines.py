@@ -1,6 +1,5 @@
 """One trainer and two services with real engines, of which one is killed while it samples and started again."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from benchmarks.service_process import ServiceProcess, free_port, start_real
 from tests.helpers.real_engine import ROOT
+from tests.helpers.workshop import Row, rows
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -47,10 +46,8 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         yield Pair(tmp_path, stack)
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [row for row in map(json.loads, lines) if row["step"] > 0]
+def steps(run: Path) -> list[Row]:
+    return [row for row in rows(run) if row["step"] > 0]
 
 
 def running_requests(service: ServiceProcess) -> float:
@@ -83,7 +80,7 @@ def test_a_run_survives_the_loss_of_an_engine(pair: Pair, tmp_path: Path) -> Non
         command = [sys.executable, "-m", "flashrl_trainer", *arguments]
         trainer = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        until(lambda: len(rows(run)) >= KILLED_AFTER, trainer)
+        until(lambda: len(steps(run)) >= KILLED_AFTER, trainer)
         until(lambda: running_requests(pair.services[1]) > 0, trainer)
         pair.services[1].kill()
         pair.services[1] = pair.start(1)
@@ -91,7 +88,7 @@ def test_a_run_survives_the_loss_of_an_engine(pair: Pair, tmp_path: Path) -> Non
     finally:
         trainer.kill()
     pair.until_ready()
-    found = rows(run)
+    found = steps(run)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert sum(row["sampling/requests_moved"] for row in found) > 0, "what was lost is reported"
     digests = [service.weights()["digest"] for service in pair.services]

@@ -26,9 +26,9 @@ def write_checkpoint(folder: Path, seed: int = 7) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 async def rooted(tmp_path: Path) -> AsyncIterator[Rig]:
-    """A service that may load from tmp_path/root."""
-    (tmp_path / "root").mkdir()
-    async with running(tmp_path, checkpoint_roots=[tmp_path / "root"]) as rig:
+    """A service that may load from tmp_path/served."""
+    (tmp_path / "served").mkdir()
+    async with running(tmp_path, checkpoint_roots=[tmp_path / "served"]) as rig:
         yield rig
 
 
@@ -38,8 +38,8 @@ async def load(rig: Rig, path: Path | str, version: int = 5) -> tuple[int, dict[
 
 
 async def test_checkpoint_becomes_the_version_asked_for(rooted: Rig, tmp_path: Path) -> None:
-    tensors = write_checkpoint(tmp_path / "root" / "step-5")
-    status, reply = await load(rooted, tmp_path / "root" / "step-5")
+    tensors = write_checkpoint(tmp_path / "served" / "step-5")
+    status, reply = await load(rooted, tmp_path / "served" / "step-5")
     expected: stored_state.Parts = {}
     for spec in LAYOUT.tensors:
         expected |= stored_state.store(spec, tensors[spec.name])
@@ -51,11 +51,11 @@ async def test_checkpoint_becomes_the_version_asked_for(rooted: Rig, tmp_path: P
 
 async def test_paths_outside_the_roots_are_refused(rooted: Rig, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "outside")
-    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "served" / "link").symlink_to(tmp_path / "outside")
     for path in (
         tmp_path / "outside",
-        tmp_path / "root" / ".." / "outside",
-        tmp_path / "root" / "link",
+        tmp_path / "served" / ".." / "outside",
+        tmp_path / "served" / "link",
         "/",
         "/nowhere",
     ):
@@ -66,10 +66,10 @@ async def test_paths_outside_the_roots_are_refused(rooted: Rig, tmp_path: Path) 
 
 async def test_folder_that_cannot_be_loaded_changes_nothing(rooted: Rig, tmp_path: Path) -> None:
     before = stored_state.digests(rooted.engine.parts)
-    broken = tmp_path / "root" / "broken"
+    broken = tmp_path / "served" / "broken"
     write_checkpoint(broken)
     save_file({"norm.weight": torch.ones(3)}, broken / "model.safetensors")
-    for path, status in ((broken, 422), (tmp_path / "root" / "missing", 422), (f"{tmp_path}/root/\0", 422)):
+    for path, status in ((broken, 422), (tmp_path / "served" / "missing", 422), (f"{tmp_path}/served/\0", 422)):
         assert (await load(rooted, path))[0] == status
     assert stored_state.digests(rooted.engine.parts) == before
     assert len(await rooted.sample()) > 0
@@ -105,30 +105,32 @@ async def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(t
 
 
 async def test_version_must_not_be_negative(rooted: Rig, tmp_path: Path) -> None:
-    assert (await load(rooted, tmp_path / "root", version=-1))[0] == 422
+    assert (await load(rooted, tmp_path / "served", version=-1))[0] == 422
 
 
 async def test_load_waits_for_no_transfer(rooted: Rig, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "root" / "step-5")
+    write_checkpoint(tmp_path / "served" / "step-5")
     transfer_id = await rooted.trainer.staged(rooted.delta())
-    assert (await load(rooted, tmp_path / "root" / "step-5"))[1]["error"]["code"] == "update_in_progress"  # type: ignore[index]
+    assert (await load(rooted, tmp_path / "served" / "step-5"))[1]["error"]["code"] == "update_in_progress"  # type: ignore[index]
     await rooted.trainer.abort(transfer_id)
-    assert (await load(rooted, tmp_path / "root" / "step-5"))[0] == 200
+    assert (await load(rooted, tmp_path / "served" / "step-5"))[0] == 200
 
 
 def test_file_that_links_out_of_the_roots_is_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "root" / "step")
+    write_checkpoint(tmp_path / "served" / "step")
     (tmp_path / "secret.safetensors").write_bytes(b"")
-    assert resolve_checkpoint(f"{tmp_path}/root/step", [tmp_path / "root"]) == (tmp_path / "root" / "step").resolve()
-    (tmp_path / "root" / "step" / "more.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    assert (
+        resolve_checkpoint(f"{tmp_path}/served/step", [tmp_path / "served"]) == (tmp_path / "served" / "step").resolve()
+    )
+    (tmp_path / "served" / "step" / "more.safetensors").symlink_to(tmp_path / "secret.safetensors")
     with pytest.raises(PathNotAllowedError):
-        resolve_checkpoint(f"{tmp_path}/root/step", [tmp_path / "root"])
+        resolve_checkpoint(f"{tmp_path}/served/step", [tmp_path / "served"])
 
 
 def test_roots_that_are_links_themselves_count_as_what_they_point_to(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "real" / "step")
-    (tmp_path / "root").symlink_to(tmp_path / "real")
-    assert resolve_checkpoint(f"{tmp_path}/root/step", [tmp_path / "root"]).name == "step"
+    (tmp_path / "served").symlink_to(tmp_path / "real")
+    assert resolve_checkpoint(f"{tmp_path}/served/step", [tmp_path / "served"]).name == "step"
 
 
 def test_loop_of_links_is_a_bad_field(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 from flashrl_trainer.batch import TrainingSample, pack
 from flashrl_trainer.distributed import Ranks, start_ranks, stop_ranks
 from flashrl_trainer.logprobs import token_logprobs
-from flashrl_trainer.model import load_policy
+from flashrl_trainer.model import dtype_advice, load_policy
 
 COMMON = {
     "vocab_size": 61,
@@ -217,3 +217,19 @@ def test_what_the_forward_pass_leaves_out_is_refused_by_name(
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"^model\.path: .* sets {name}, which is not supported in training$"):
         load_policy(str(tmp_path), ranks, compute_dtype="float32", checkpointing=False, temperature=1.0, chunk_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "compute_dtype", "has_bf16", "is_said"),
+    [
+        ("cpu", "bfloat16", False, True),
+        ("cpu", "bfloat16", True, False),
+        ("cpu", "float32", False, False),
+        ("cuda", "bfloat16", False, False),
+    ],
+)
+def test_slow_bf16_is_said(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, compute_dtype: str, has_bf16: bool, is_said: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert (dtype_advice(device_type, compute_dtype) is not None) == is_said

@@ -210,12 +210,16 @@ class Fleet:
     def _settle(
         self, jobs: dict["Future[Sent]", Replica]
     ) -> tuple[dict[Replica, Sent], list[BaseException], list[Replica]]:
-        """How each push ended, and which replicas are late, or were lost meanwhile and are not waited for."""
+        """How each push ended, and which replicas are late; one that the keeper fenced meanwhile is not waited for."""
         sent: dict[Replica, Sent] = {}
         errors: list[BaseException] = []
         pending, end = set(jobs), float("inf")
-        served = {job for job, replica in jobs.items() if replica.is_in_use}
-        while time.monotonic() < end and any(not sent or jobs[job].is_in_use or job not in served for job in pending):
+        in_use_before = {replica for replica in jobs.values() if replica.is_in_use}
+
+        def is_lost(job: "Future[Sent]") -> bool:
+            return jobs[job] in in_use_before and not jobs[job].is_in_use
+
+        while pending and time.monotonic() < end and not (sent and all(map(is_lost, pending))):
             done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             for job in done:
                 error = job.exception()
@@ -225,7 +229,7 @@ class Fleet:
                 else:
                     errors.append(error)
                     self.fence(jobs[job], _first_line(error), error)
-        return sent, errors, [jobs[job] for job in pending]
+        return sent, errors, [jobs[job] for job in pending if not is_lost(job)]
 
     def _decide(self, update: Outgoing, sent: Iterable[Replica], late: Iterable[Replica]) -> None:
         with self._changed:
@@ -234,7 +238,7 @@ class Fleet:
                 self._ring.add(update)
             for replica in sent:
                 replica.admit(update.target)
-        for replica in filter(lambda replica: replica.is_in_use, late):
+        for replica in late:
             self.fence(replica, f"version {update.target.version} did not arrive within {self._straggler_s:g} s")
         with self._changed:
             self._fence_those_behind()
