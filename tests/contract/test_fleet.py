@@ -187,8 +187,8 @@ def test_last_one_lost_ends_with_its_name_after_the_deadline(
     with start() as first, start() as second:
         fleet = fleets.of(urls([first, second]), deadline_s=0.5)
         sync = connected(fleet, policy, ranks)
+        either = f"({first.url}|{second.url})"  # the keeper may have found one of them gone already
     train(policy, 1)
-    either = f"({first.url}|{second.url})"  # the keeper may have found one of them gone already
     with pytest.raises(ServiceUnreachableError, match=f"rollout service at {either}: ConnectError"):
         sync.push(policy)
     assert sync.version == 0, "the policy that the checkpoint holds is not out"
