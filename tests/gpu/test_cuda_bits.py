@@ -1,12 +1,11 @@
 """The stored form and its digest have the same bits on CUDA as on the CPU; packed attention and log-probs agree."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flashrl_trainer.attention import packed_attention
+from flashrl_trainer.batch import TrainingSample, pack
 from flashrl_trainer.logprobs import token_logprobs
 from flashrl_wire.delta import diff, equal_bits
 from flashrl_wire.digest import digest_at, digest_range
@@ -54,22 +53,34 @@ def test_digests_and_diffs_are_those_of_the_cpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_packed_attention_with_gradients_agrees_with_fp32_on_the_cpu(window: int | None) -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_packed_attention_with_gradients_agrees_with_fp32_on_the_cpu(window: int | None, shares: bool) -> None:
+    """With and without prompts that samples share, whose rows CUDA gathers anew for each of them."""
     torch.manual_seed(7)
-    bounds = torch.tensor([0, 5, 100, 101, 333], dtype=torch.int32)
-    states = [torch.randn(1, heads, 333, 64) for heads in (14, 2, 2)]
+    lengths = (75, 91, 131, 64)
+    batch = pack([TrainingSample([1] * n, 40, [0.0] * (n - 40), [], 1.0, True, 0 if shares else None) for n in lengths])
+    tokens = len(batch.token_ids)
+    assert tokens == sum(lengths) - shares * 3 * 40
+    states = [torch.randn(1, heads, tokens, 64) for heads in (14, 2, 2)]
     results = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         inputs = [s.detach().clone().to(device, dtype).requires_grad_() for s in states]
+        moved = batch.to(device)
         out, _ = packed_attention(
-            nn.Identity(), *inputs, None, cu_seq_lens_q=bounds.to(device), max_length_q=232, sliding_window=window
+            nn.Identity(),
+            *inputs,
+            None,
+            cu_seq_lens_q=moved.cu_seqlens,
+            max_length_q=moved.max_sample_tokens,
+            document_rows=moved.rows,
+            document_kept=moved.kept,
+            sliding_window=window,
         )
         out.float().square().sum().backward()
         results.append([out, *(i.grad for i in inputs)])
     for expected, found in zip(*results, strict=True):
         error = (found.cpu().float() - expected).norm() / expected.norm()
         assert error < 1e-2
-    assert all(end > start for start, end in pairwise(bounds.tolist()))
 
 
 def test_chunked_log_probs_in_bf16_are_close_to_fp32() -> None:
