@@ -70,8 +70,9 @@ class EngineDeadError(EngineError):
 class Engine(Protocol):
     """An engine whose weights can be replaced in place. All calls come from one event loop.
 
-    Update protocol, while paused: `apply` or `load_checkpoint` once, then `keep` or `revert` once. Both report what
-    the written elements added to each part's digest, *as read back from what the engine computes with*.
+    Update protocol: `prepare`, or not; then, while paused, `apply` or `load_checkpoint` once, and `keep` or `revert`
+    once. Both writes report what the written elements added to each part's digest, *as read back from what the engine
+    computes with*.
     """
 
     @property
@@ -101,6 +102,12 @@ class Engine(Protocol):
 
     async def digests(self) -> dict[str, PartDigest]:
         """Digest of every part, computed now from what the engine computes with; CopiesDifferError."""
+
+    async def prepare(self, update: StagedUpdate) -> None:
+        """Do what can be done of a staged update before it is written, while sampling goes on.
+
+        Only the speed of an `apply` that follows with nothing written in between depends on it.
+        """
 
     async def apply(self, update: StagedUpdate) -> dict[str, PartDigest]:
         """Write a staged update in place, keep the old values aside; EngineError: nothing changed."""

@@ -125,6 +125,10 @@ class EngineGroup:
         """The digest of every part; CopiesDifferError where two engines hold different weights."""
         return _equal(await self._all(lambda engine: engine.digests()))
 
+    async def prepare(self, update: StagedUpdate) -> None:
+        """Make a staged update ready on all."""
+        await self._all(lambda engine: engine.prepare(update))
+
     async def apply(self, update: StagedUpdate) -> Digests:
         """Write a staged update on all; EngineError: it is on none."""
         return await self._write(lambda engine: engine.apply(update))

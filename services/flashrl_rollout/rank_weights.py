@@ -16,8 +16,9 @@ from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.head_copies import head_copies
 from flashrl_rollout.linear_method import RowsLinearMethod
 from flashrl_rollout.probe import Landing, probe
+from flashrl_rollout.ready_group import Shifts
 from flashrl_rollout.runtime_map import Held, RuntimePart, check_disjoint, patterns_of
-from flashrl_rollout.runtime_weights import RuntimeWeights, Shifts
+from flashrl_rollout.runtime_weights import RuntimeWeights
 from flashrl_wire.codec import PART_DTYPE
 from flashrl_wire.delta import Change, snapshot
 from flashrl_wire.layout import SCALE_SUFFIX, PartDtype, PartSpec, Storage, TensorSpec

@@ -5,21 +5,21 @@ Knows parts, changes and bits; knows nothing of vLLM, files or processes.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
+from flashrl_rollout.ready_group import Held, ReadyGroup, Shifts, groups
 from flashrl_rollout.runtime_map import RuntimePart
 from flashrl_rollout.undo import UndoLog
-from flashrl_rollout.write_group import Written, groups, moved, shifts
 from flashrl_wire.codec import PART_DTYPE
 from flashrl_wire.delta import Change
 from flashrl_wire.digest import PartDigest
 
 # CPU: too small for torch to split over threads, whose barriers cost more than the work; CUDA: bounds scratch memory
 _GROUP_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 22}
-
-Shifts = dict[str, dict[str, PartDigest]]
-"""Per part and region key, what an update added to the digest."""
+_AHEAD_BYTES = {"cpu": 1 << 26, "cuda": 2 << 30}  # scratch memory of an update that waits to be written
 
 Refresh = Callable[[set[int]], None]
 """Brings derived copies up to date with the storages that were written, given by data pointer."""
@@ -29,14 +29,29 @@ class TakeBackError(RuntimeError):
     """A failed write could not be undone: the weights are of no known version."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """An update as far as it could be made ready, and the groups that are still to be."""
+
+    ready: list[ReadyGroup]
+    rest: Iterator[list[Change]]
+
+
 class RuntimeWeights:
     """One pending update at a time: `write`, then `keep` or `revert`."""
 
-    def __init__(self, parts: Mapping[str, RuntimePart], refresh: Refresh, group_elements: int | None = None) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, RuntimePart],
+        refresh: Refresh,
+        group_elements: int | None = None,
+        ahead_bytes: int | None = None,
+    ) -> None:
         self._parts = parts
         self._refresh = refresh
         self._device = next((held.memory.device for part in parts.values() for held in part.held), torch.device("cpu"))
         self._group_elements = group_elements or _GROUP_ELEMENTS.get(self._device.type, 1 << 20)
+        self._ahead_bytes = ahead_bytes if ahead_bytes is not None else _AHEAD_BYTES.get(self._device.type, 0)
         self._undo = UndoLog()
         self._touched: set[int] = set()
 
@@ -44,7 +59,30 @@ class RuntimeWeights:
         """Digest of every region, computed from the engine's memory."""
         return {name: part.digests() for name, part in self._parts.items()}
 
-    def write(self, changes: Iterable[Change]) -> Shifts:
+    def prepare(self, changes: Iterable[Change]) -> Prepared:
+        """Make changes ready as far as there is room; nothing is written, so sampling may go on meanwhile.
+
+        What is returned is right for as long as nothing else is written. ValueError for a change that does not fit.
+        """
+        ready: list[ReadyGroup] = []
+        rest = groups(map(self._checked, changes), self._group_elements)
+        room, reached = 0 if self._touched else self._room(), dict[str, int]()  # a pending update may be taken back
+        for group in rest:
+            if room <= 0 or not _ascend(group, reached):
+                return Prepared(ready, chain([group], rest))
+            ready.append(self._ready(group))
+            room -= ready[-1].nbytes
+        return Prepared(ready, iter(()))
+
+    def _room(self) -> int:
+        if self._device.type != "cuda":
+            return self._ahead_bytes
+        return min(self._ahead_bytes, torch.cuda.mem_get_info(self._device)[0] // 4)
+
+    def _ready(self, group: list[Change]) -> ReadyGroup:
+        return ReadyGroup.of(group, self._parts, self._device)
+
+    def write(self, changes: Iterable[Change] | Prepared) -> Shifts:
         """Write changes in place, read them back, and tell what they added to the digests; a pending update is dropped.
 
         Raises ValueError for a change that does not fit or a write that does not stick. Whatever is raised, also by
@@ -54,7 +92,9 @@ class RuntimeWeights:
             unless_whole.callback(self._take_back)
             if self._touched:
                 self.revert()  # an update that was neither kept nor taken back, because its caller went away
-            totals = self._write(map(self._checked, changes))
+            if not isinstance(changes, Prepared):
+                changes = Prepared([], groups(map(self._checked, changes), self._group_elements))
+            totals = self._write(changes)
             self._refresh(self._touched)
             unless_whole.pop_all()
         return totals
@@ -76,28 +116,28 @@ class RuntimeWeights:
         except RuntimeError as error:
             raise TakeBackError(f"the old values could not be put back: {error}") from error
 
-    def _write(self, changes: Iterable[Change]) -> Shifts:
-        copies: dict[tuple[str, str], dict[int, PartDigest]] = {}
-        for group in groups(changes, self._group_elements):
-            written = [item for change in moved(group, self._device) for item in self._written(change)]
-            for item, shift in zip(written, shifts(written), strict=True):
-                found = copies.setdefault((item.part, item.piece.key), {})
-                found[item.piece.copy] = found.get(item.piece.copy, PartDigest()) + shift
-        totals: Shifts = {}
-        for (part, key), found in copies.items():
-            first, *others = found.values()
-            if any(other != first for other in others):
-                raise ValueError(f"two copies of {part} differ")
-            totals.setdefault(part, {})[key] = first
-        return totals
+    def _write(self, update: Prepared) -> Shifts:
+        found: dict[Held, PartDigest] = {}
+        for group in update.ready:
+            self._put(group, is_resident=True)
+        for group in update.ready:  # once all of it is written: reading back waits for the device
+            group.check()
+        for group in chain(update.ready, map(self._ready_and_put, update.rest)):
+            for held, shift in group.shifts:
+                found[held] = found.get(held, PartDigest()) + shift
+        return _totals(found)
 
-    def _written(self, change: Change) -> Iterator[Written]:
-        for piece in self._parts[change.part].pieces(change):
-            old = piece.memory[piece.where].clone() if isinstance(piece.where, slice) else piece.memory[piece.where]
-            self._undo.add(piece.memory, piece.where, old)
-            self._touched.add(piece.memory.data_ptr())
-            piece.memory[piece.where] = piece.patterns
-            yield Written(change.part, piece, old)
+    def _ready_and_put(self, changes: list[Change]) -> ReadyGroup:
+        group = self._ready(changes)
+        self._put(group, is_resident=False)
+        group.check()
+        return group
+
+    def _put(self, group: ReadyGroup, *, is_resident: bool) -> None:
+        for place in group.places:
+            self._undo.add(place.memory, place.where, place.old, is_resident=is_resident)
+            self._touched.add(place.memory.data_ptr())
+            place.write()
 
     def _checked(self, change: Change) -> Change:
         part = self._parts.get(change.part)
@@ -114,6 +154,27 @@ class RuntimeWeights:
 def as_text(shifts: Shifts) -> dict[str, dict[str, str]]:
     """Digests as hex, in the form that `rank_replies` reads."""
     return {part: {key: digest.hex() for key, digest in regions.items()} for part, regions in shifts.items()}
+
+
+def _totals(found: Mapping[Held, PartDigest]) -> Shifts:
+    """One shift for each region; ValueError where copies of it took different ones."""
+    totals: Shifts = {}
+    for (part, key, _), shift in found.items():
+        if totals.setdefault(part, {}).setdefault(key, shift) != shift:
+            raise ValueError(f"two copies of {part} differ")
+    return totals
+
+
+def _ascend(group: list[Change], reached: dict[str, int]) -> bool:
+    """Whether all of a group lies beyond what was `reached` in its parts; what it reaches is noted then.
+
+    The old values of an element that is written twice cannot be read before its first writing.
+    """
+    bounds = {change.part: _bounds(change) for change in group}
+    if any(low < reached.get(part, 0) for part, (low, _) in bounds.items()):
+        return False
+    reached.update((part, high) for part, (_, high) in bounds.items())
+    return True
 
 
 def _bounds(change: Change) -> tuple[int, int]:

@@ -56,6 +56,7 @@ class ByteTokenizer:
 class Faults:
     """What goes wrong, from the next call on; tests switch them while the engine runs."""
 
+    fail_prepare: bool = False
     fail_apply: bool = False
     corrupt_write: bool = False  # a written element reads back otherwise
     corrupt_untouched: bool = False  # an element that no update wrote: only an audit sees it
@@ -195,6 +196,11 @@ class ScriptedEngine:
         """Digest of every part as it is now."""
         self._check_alive()
         return stored_state.digests(self.parts)
+
+    async def prepare(self, update: StagedUpdate) -> None:
+        """Nothing: its writes are quick."""
+        if self.faults.fail_prepare:
+            raise EngineError("prepare was told to fail")
 
     async def apply(self, update: StagedUpdate) -> dict[str, PartDigest]:
         """Write in place, old values aside."""

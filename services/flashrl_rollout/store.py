@@ -198,7 +198,10 @@ class WeightStore:
         manifest = active.transfer.manifest
         try:
             pause_ms = await self._weights.replace(
-                lambda: self._engine.apply(staged), manifest.version, manifest.digest
+                lambda: self._engine.apply(staged),
+                manifest.version,
+                manifest.digest,
+                prepare=lambda: self._engine.prepare(staged),
             )
         except DrainTimeoutError as error:
             active.commit = None  # still staged: the trainer may try again

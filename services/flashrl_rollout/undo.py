@@ -26,13 +26,16 @@ class UndoLog:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, memory: Tensor, where: slice | Tensor, patterns: Tensor) -> None:
-        """Remember that `memory[where]` held `patterns`; before it is overwritten."""
-        addresses = where.nbytes if isinstance(where, Tensor) else 0
-        self._room -= patterns.nbytes + addresses
-        if self._room < 0:
-            patterns = patterns.cpu()
-            where = where.cpu() if isinstance(where, Tensor) else where
+    def add(self, memory: Tensor, where: slice | Tensor, patterns: Tensor, *, is_resident: bool = False) -> None:
+        """Remember that `memory[where]` held `patterns`; before it is overwritten.
+
+        What `is_resident` stays where it is, whatever the room: it was there before the update began.
+        """
+        if not is_resident:
+            self._room -= patterns.nbytes + (where.nbytes if isinstance(where, Tensor) else 0)
+            if self._room < 0:
+                patterns = patterns.cpu()
+                where = where.cpu() if isinstance(where, Tensor) else where
         self._entries.append(_Entry(memory, where, patterns))
 
     def take_back(self) -> None:

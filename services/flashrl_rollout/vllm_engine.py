@@ -38,6 +38,7 @@ _CALL_TIMEOUT_S = 1800.0
 _SHORTEST_STALL_S = 60.0  # a busy machine may hold a step up for longer than a short limit of requests
 _RESUME_TIMEOUT_S = 300.0  # longer than any step: an engine that has not answered by then never will
 _HEARTBEAT_S = 0.5
+_PREPARED_POLL_S = 0.002
 _DEATH_NOTICE_S = 1.0
 _SHUTDOWN_S = 20.0
 _MODES = {"keep": "keep", "drain": "wait"}
@@ -160,17 +161,23 @@ class VllmEngine:
         """Digest of every part, computed now from what the engine computes with."""
         return rank_replies.digests(await self._workers("flashrl_digests"))
 
+    async def prepare(self, update: StagedUpdate) -> None:
+        """Make a staged update ready on the device while sampling goes on, so that `apply` has little left to do."""
+        await self._workers("flashrl_prepare", update.path, update.model_dump_json())
+        while not all(reply["done"] for reply in await self._workers("flashrl_is_prepared")):  # noqa: ASYNC110 (as below)
+            await asyncio.sleep(_PREPARED_POLL_S)
+
     async def apply(self, update: StagedUpdate) -> dict[str, PartDigest]:
         """Write a staged update in place, keep the old values aside; EngineError: nothing changed."""
-        return await self._write("flashrl_apply", update.model_dump_json())
+        return await self._write("flashrl_apply", update.path, update.model_dump_json())
 
     async def load_checkpoint(self, path: Path) -> dict[str, PartDigest]:
         """Quantize a Hugging Face folder and write it in place, as `apply` does."""
         return await self._write("flashrl_load_checkpoint", str(path))
 
-    async def _write(self, call: str, argument: str) -> dict[str, PartDigest]:
+    async def _write(self, call: str, *arguments: str) -> dict[str, PartDigest]:
         try:
-            return rank_replies.digests(await self._workers(call, argument))
+            return rank_replies.digests(await self._workers(call, *arguments))
         except EngineDeadError:
             self._is_lost = True
             raise

@@ -21,6 +21,7 @@ from flashrl_wire.messages import PauseMode
 
 T = TypeVar("T")
 Write = Callable[[], Awaitable[dict[str, PartDigest]]]
+Prepare = Callable[[], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +77,25 @@ class Weights:
     def _combine(self, digests: Mapping[str, PartDigest]) -> str:
         return digest.combine({self.parts[name]: value for name, value in digests.items()})
 
-    async def replace(self, write: Write, version: int, expected_digest: str | None) -> float:
+    async def replace(
+        self, write: Write, version: int, expected_digest: str | None, prepare: Prepare | None = None
+    ) -> float:
         """Write while sampling stands still, and keep the result only with the expected digest; the pause in ms.
+
+        The pause is the time for which no request is admitted; sampling ends with the step that is under way.
+        `prepare` comes before it, and nothing but its length depends on that.
 
         DrainTimeoutError, DigestMismatchError and EngineFailedError: the old weights are in place. NotReadyError:
         they could not be put back, and the service is poisoned until a snapshot has been committed.
         """
         async with self._lock:
+            if prepare is not None:
+                await self._prepare(prepare)
+            started = time.monotonic()
             self._gate.close("commit")
             was_poisoned = self.poisoned
             try:
-                async with self._at_rest(self._settings.mode) as started:
+                async with self._at_rest(self._settings.mode):
                     await self._replace(write, version, expected_digest)
                 return (time.monotonic() - started) * 1e3
             except (EngineError, TimeoutError) as error:
@@ -95,13 +104,19 @@ class Weights:
                 self._fence(was_poisoned)
                 self._gate.open("commit")
 
+    async def _prepare(self, prepare: Prepare) -> None:
+        try:
+            await self._limited(prepare())
+        except (EngineError, TimeoutError) as error:
+            logger.warning("the update could not be made ready ahead of its commit: %s", error)
+
     @asynccontextmanager
-    async def _at_rest(self, mode: PauseMode) -> AsyncIterator[float]:
+    async def _at_rest(self, mode: PauseMode) -> AsyncIterator[None]:
         """Sampling stands still inside, and afterwards too if it did before or the weights are poisoned."""
         if not self._is_paused:
             await self._pause_engine(mode)
         try:
-            yield time.monotonic()
+            yield
         finally:
             if not self.poisoned and not self._gate.is_closed_by("pause"):
                 await self._engine.resume()

@@ -4,21 +4,25 @@ Every call takes and gives plain values, and an error comes back as `{"error": .
 engine. Knows nothing of requests, transfers or versions.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, cast
 
 import torch
 
 from flashrl_rollout import heap
+from flashrl_rollout.background import Background
 from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.model_limits import check_supported
 from flashrl_rollout.rank_weights import RankWeights
-from flashrl_rollout.runtime_weights import TakeBackError, as_text
+from flashrl_rollout.runtime_weights import Prepared, TakeBackError, as_text
 from flashrl_rollout.staged import StagedUpdate, read_staged
 
 Reply = dict[str, Any]
 P = ParamSpec("P")
+
+logger = logging.getLogger(__name__)
 
 
 def _replying(
@@ -42,6 +46,7 @@ class WorkerExtension:
     """Mixed into vLLM's worker class; `flashrl_` keeps its names apart from vLLM's."""
 
     flashrl: RankWeights
+    _flashrl_ahead: tuple[str, Background[Prepared]] | None = None
 
     @_replying
     def flashrl_open(self, folder: str) -> Reply:
@@ -58,14 +63,30 @@ class WorkerExtension:
         return {"digests": as_text(self.flashrl.weights.digests())}
 
     @_replying
-    def flashrl_apply(self, update: str) -> Reply:
-        """Write a staged update, given as JSON."""
+    def flashrl_prepare(self, path: str, update: str) -> Reply:
+        """Begin to make a staged update, given as JSON, ready to be written; `path` is its file."""
         staged = StagedUpdate.model_validate_json(update)
-        return {"digests": as_text(self.flashrl.weights.write(read_staged(staged)))}
+        weights, worker = self.flashrl.weights, cast("Any", self)
+        self._flashrl_ahead = path, Background(worker.device, lambda: weights.prepare(read_staged(staged)))
+        return {}
+
+    @_replying
+    def flashrl_is_prepared(self) -> Reply:
+        """Whether that has come to its end, good or bad."""
+        return {"done": self._flashrl_ahead is None or self._flashrl_ahead[1].is_done}
+
+    @_replying
+    def flashrl_apply(self, path: str, update: str) -> Reply:
+        """Write a staged update, given as JSON, from what was made ready of it."""
+        ahead, self._flashrl_ahead = self._flashrl_ahead, None
+        ready = _prepared(ahead[1]) if ahead is not None and ahead[0] == path else None
+        changes = ready or read_staged(StagedUpdate.model_validate_json(update))
+        return {"digests": as_text(self.flashrl.weights.write(changes))}
 
     @_replying
     def flashrl_load_checkpoint(self, folder: str) -> Reply:
         """Quantize and write a whole checkpoint."""
+        self._flashrl_ahead = None  # made for other old values
         return {"digests": as_text(self.flashrl.load(Checkpoint(Path(folder))))}
 
     @_replying
@@ -86,3 +107,12 @@ class WorkerExtension:
         if worker.device.type == "cpu":  # elsewhere the scratch is the device's
             heap.trim()
         return {}
+
+
+def _prepared(ahead: Background[Prepared]) -> Prepared | None:
+    """What was made ready; None where that failed: there may be room for it in pieces, or else the write says why."""
+    try:
+        return ahead.result()
+    except Exception as error:
+        logger.warning("an update could not be made ready ahead of its commit: %s", error)
+        return None

@@ -108,7 +108,7 @@ class GenerateResponse(_Message):
 
 
 class LastUpdate(_Message):
-    """What the latest commit did; `seconds` counts from begin to commit, `pause_ms` is sampling at rest."""
+    """What the latest commit did; `seconds` is begin to commit, `pause_ms` gate closed to gate open."""
 
     kind: Literal["checkpoint", "snapshot", "delta"]
     version: int

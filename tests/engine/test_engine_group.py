@@ -63,8 +63,10 @@ def test_a_delta_under_way_is_on_both_and_every_token_knows_its_version(
 ) -> None:
     async def commit(old: stored_state.Parts, new: stored_state.Parts, version: int) -> None:
         layout = await group.layout()
+        update = delta(layout, old, new, tmp_path / f"{version}.staged")
+        await group.prepare(update)
         await group.pause("keep", 30)
-        await group.apply(delta(layout, old, new, tmp_path / f"{version}.staged"))
+        await group.apply(update)
         await group.keep(version)
         await group.resume()
 

@@ -75,6 +75,30 @@ def test_revert_gives_back_output_and_digests(
     loop.run(there_and_back())
 
 
+def test_what_was_prepared_for_other_weights_is_made_anew(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """A checkpoint in between has changed the old values that were read: what is reported must be true of the new."""
+
+    async def prepared_too_early() -> None:
+        layout = await int8_engine.layout()
+        old, new = (stored_state.read_parts(folder, layout) for folder in (checkpoints.first, checkpoints.third))
+        update = delta(layout, old, new, tmp_path / "staged")
+        await int8_engine.prepare(update)
+        await load(int8_engine, checkpoints.second, 11)
+        before = await int8_engine.digests()
+        await int8_engine.pause("keep", 30)
+        shifts = await int8_engine.apply(update)
+        expected = {name: value + shifts.get(name, PartDigest()) for name, value in before.items()}
+        assert await int8_engine.digests() == expected
+        await int8_engine.revert()
+        assert await int8_engine.digests() == before
+        await int8_engine.resume()
+        await load(int8_engine, checkpoints.first, 12)
+
+    loop.run(prepared_too_early())
+
+
 def test_a_checkpoint_of_another_shape_changes_nothing(
     int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -121,6 +145,9 @@ def test_a_staged_update_that_does_not_fit_is_undone(int8_engine: Engine, loop: 
     bad = Change("model.no_such.weight", torch.zeros(1, dtype=torch.bfloat16))
     update = write_staged(tmp_path / "staged", [good, bad])
     with pytest.raises(EngineError, match=r"model\.no_such\.weight is no part of this model; the old weights are in"):
+        loop.run(int8_engine.apply(update))
+    loop.run(int8_engine.prepare(update))  # says nothing: it is the write that does
+    with pytest.raises(EngineError, match=r"model\.no_such\.weight is no part of this model"):
         loop.run(int8_engine.apply(update))
     with pytest.raises(EngineError, match="No such file"):
         loop.run(int8_engine.apply(update.model_copy(update={"path": str(tmp_path / "gone")})))

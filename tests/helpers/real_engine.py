@@ -121,8 +121,10 @@ async def walk(engine: Engine, folders: Sequence[Path], stage: Path) -> list[dic
         {"greedy": await greedy(engine), "digests_agree": digests == stored_state.digests(states[0])}
     ]
     for version, (old, new) in enumerate(itertools.pairwise(states), start=1):
+        update = delta(layout, old, new, stage / f"{version}.staged")
+        await engine.prepare(update)
         await engine.pause("keep", 30)
-        shifts = await engine.apply(delta(layout, old, new, stage / f"{version}.staged"))
+        shifts = await engine.apply(update)
         await engine.keep(version)
         await engine.resume()
         digests = {name: value + shifts[name] if name in shifts else value for name, value in digests.items()}

@@ -30,6 +30,12 @@ async def failing_commit(rig: Rig, fault: str, status: int, code: str) -> None:
     assert (await rig.trainer.publish(rig.delta())).status_code == 200
 
 
+async def test_what_cannot_be_prepared_is_committed_all_the_same(rig: Rig) -> None:
+    rig.engine.faults.fail_prepare = True
+    assert (await rig.trainer.publish(rig.delta())).status_code == 200
+    assert rig.version == 1
+
+
 async def test_apply_fails(rig: Rig) -> None:
     await failing_commit(rig, "fail_apply", 500, "engine_failed")
 

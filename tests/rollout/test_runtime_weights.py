@@ -1,11 +1,13 @@
 """Writing, reading back, taking back: over memory laid out like a fused matrix and a slice of columns."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from flashrl_rollout.ready_group import Place
 from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, patterns_of
 from flashrl_rollout.runtime_weights import RuntimeWeights, TakeBackError
 from flashrl_rollout.undo import UndoLog
@@ -17,7 +19,7 @@ from flashrl_wire.layout import PartSpec
 class Rig:
     """A fused bf16 [4, 6] matrix of parts `a` (rows 0-2) and `b` (row 3), and one fp8 part in a column slice."""
 
-    def __init__(self, group_elements: int | None = None) -> None:
+    def __init__(self, group_elements: int | None = None, ahead_bytes: int | None = None) -> None:
         self.fused = torch.arange(24, dtype=torch.float32).view(4, 6).to(torch.bfloat16)
         self.slice = torch.ones(2, 3).to(torch.float8_e4m3fn)
         self.refreshed: list[set[int]] = []
@@ -26,7 +28,7 @@ class Rig:
         b = _run(PartSpec("b", "bf16", (6,)), 18, self.fused)
         region = Region.of(3, 0, iter([Axis(2, 6, 3), Axis(3, 1, 1)]))
         c = RuntimePart(PartSpec("c", "fp8", (2, 6)), (Held(region, patterns_of(self.slice)),))
-        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh, group_elements)
+        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh, group_elements, ahead_bytes)
 
     def _refresh(self, touched: set[int]) -> None:
         if self.fail:
@@ -68,6 +70,66 @@ def test_write_changes_exactly_the_named_elements() -> None:
     assert torch.equal(flat[untouched], before.view(-1)[untouched])
     assert (rig.slice.float() == 2).all()
     assert rig.refreshed[-1] == {rig.fused.data_ptr(), rig.slice.data_ptr()}
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 1, 40, 80, 1 << 20])
+@pytest.mark.parametrize("group_elements", [1, 2, 5, None])
+def test_a_prepared_update_is_written_as_any_other(group_elements: int, ahead_bytes: int) -> None:
+    """Whatever part of it there was room for, and nothing is written before it is time."""
+    plain, ahead = Rig(group_elements), Rig(group_elements, ahead_bytes)
+    before = ahead.state()
+    prepared = ahead.weights.prepare(_changes())
+    assert all(torch.equal(new, old) for new, old in zip(ahead.state(), before, strict=True))
+    assert ahead.weights.write(prepared) == plain.weights.write(_changes())
+    assert all(torch.equal(new, old) for new, old in zip(ahead.state(), plain.state(), strict=True))
+    assert ahead.refreshed == [{ahead.fused.data_ptr(), ahead.slice.data_ptr()}]
+    ahead.weights.revert()
+    assert all(torch.equal(new, old) for new, old in zip(ahead.state(), before, strict=True))
+
+
+def test_all_of_an_update_is_prepared_where_there_is_room() -> None:
+    rig = Rig(group_elements=5)
+    prepared = rig.weights.prepare(_changes())
+    assert sum(place.old.numel() for group in prepared.ready for place in group.places) == 2 + 6 + 6
+    assert list(prepared.rest) == []
+
+
+def test_what_is_written_twice_is_not_read_ahead() -> None:
+    rig = Rig()
+    first = Change("b", torch.full((6,), 1.0, dtype=torch.bfloat16))
+    second = Change("b", torch.full((2,), 2.0, dtype=torch.bfloat16), indices=torch.tensor([0, 5]))
+    prepared = rig.weights.prepare([first, second])
+    assert len(prepared.ready) == 1
+    before = rig.total()["b"]
+    shifts = rig.weights.write(prepared)
+    assert before + shifts["b"]["0+6x1"] == digest_range(torch.tensor([2.0, 1, 1, 1, 1, 2]).to(torch.bfloat16))
+
+
+def test_nothing_is_prepared_on_top_of_what_may_be_taken_back() -> None:
+    rig = Rig()
+    before = rig.total()
+    rig.weights.write([snapshot("b", torch.zeros(6, dtype=torch.bfloat16))])
+    prepared = rig.weights.prepare(_changes())
+    assert prepared.ready == []
+    shifts = rig.weights.write(prepared)
+    assert all(before[part] + sum(shifts[part].values(), PartDigest()) == found for part, found in rig.total().items())
+
+
+def test_a_write_that_does_not_stick_is_found_and_undone() -> None:
+    rig = Rig()
+    before = rig.state()
+    prepared = rig.weights.prepare(_changes())
+    place = prepared.ready[0].places[0]
+    aside = replace(place, memory=place.memory.clone())  # written there, and not where it is read
+    lost = replace(prepared.ready[0], places=(_Lost(**vars(aside)), *prepared.ready[0].places[1:]))
+    with pytest.raises(ValueError, match="does not hold what was written"):
+        rig.weights.write(replace(prepared, ready=[lost]))
+    assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
+
+
+class _Lost(Place):
+    def write(self) -> None:
+        """As memory that has lost a write."""
 
 
 @pytest.mark.parametrize("group_elements", [1, 2, 5, 13, None])

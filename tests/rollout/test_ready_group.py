@@ -2,7 +2,7 @@
 
 import torch
 
-from flashrl_rollout.write_group import groups, moved
+from flashrl_rollout.ready_group import groups, moved
 from flashrl_wire.delta import Change
 
 CPU = torch.device("cpu")
