@@ -42,12 +42,15 @@ class Shard:
 class Policy(nn.Module):
     """Log-probs of packed sequences; parameters keep their Hugging Face names under `lm.`."""
 
-    def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int, compute_dtype: str) -> None:
+    def __init__(
+        self, lm: nn.Module, temperature: float, chunk_tokens: int, compute_dtype: str, *, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.compute_dtype = compute_dtype  # "bfloat16" or "float32"
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
+        self._compiled = compiled
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """`(logprobs, entropy)`, both [T] fp32 and 0 outside the loss mask.
@@ -71,6 +74,7 @@ class Policy(nn.Module):
             batch.token_ids[where],
             self._temperature,
             self._chunk_tokens,
+            compiled=self._compiled,
         )
         zeros = torch.zeros(batch.token_ids.shape, dtype=torch.float32, device=hidden.device)
         return zeros.index_put((where,), found), zeros.index_put((where,), entropies)
@@ -128,7 +132,7 @@ def load_policy(
         raise ValueError(f"model.path: {path}: {first_line(error)}") from error
     if lm.lm_head.bias is not None:
         raise ValueError(f"model.path: {path} has a bias in its head, which is not supported")
-    policy = Policy(lm, temperature, chunk_tokens, compute_dtype).train()
+    policy = Policy(lm, temperature, chunk_tokens, compute_dtype, compiled=compiled).train()
     if checkpointing:
         _recompute_blocks(lm.model.layers)
     if compiled:
