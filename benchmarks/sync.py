@@ -112,6 +112,7 @@ def main() -> int:
     parser.add_argument("--curve", action="store_true", help="each service once without and once with encryption")
     parser.add_argument("--scripted", action="store_true", help="the engine that computes no model")
     parser.add_argument("--serve", default="", help="further flags of the service")
+    parser.add_argument("--logs", type=Path, help="folder for the services' logs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows: list[Row] = []
@@ -120,11 +121,11 @@ def main() -> int:
         for model in args.models:
             folder = Path(model) if Path(model).is_dir() else write_model(model, Path(temporary) / model, args.device)
             for curve in (False, True) if args.curve else (False,):
-                log = Path(temporary) / f"{folder.name}-{curve}.log"
+                log = (args.logs or Path(temporary)) / f"{folder.name}-{curve}.log"
                 with Service.started(folder, log, args, curve=curve) as service:
                     rows += measure(service, folder.name, args)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                if args.json:
+                    args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0
 
 

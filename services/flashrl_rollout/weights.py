@@ -5,13 +5,13 @@ Knows versions, digests and the pause; knows nothing of transfers, files or HTTP
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from flashrl_rollout.engine import CopiesDifferError, Engine, EngineDeadError, EngineError
+from flashrl_rollout.laps import Laps
 from flashrl_rollout.versions import VersionGate
 from flashrl_wire import digest
 from flashrl_wire.digest import PartDigest
@@ -91,13 +91,16 @@ class Weights:
         async with self._lock:
             if prepare is not None:
                 await self._prepare(prepare)
-            started = time.monotonic()
+            laps = Laps()
             self._gate.close("commit")
             was_poisoned = self.poisoned
             try:
                 async with self._at_rest(self._settings.mode):
-                    await self._replace(write, version, expected_digest)
-                return (time.monotonic() - started) * 1e3
+                    laps.end("stop")
+                    await self._replace(write, version, expected_digest, laps)
+                laps.end("go_on")
+                logger.debug("pause in ms: %s", laps)
+                return laps.total_ms()
             except (EngineError, TimeoutError) as error:
                 raise poisoned_error() if self.poisoned else wire_error(error) from error
             finally:
@@ -131,7 +134,7 @@ class Weights:
             raise DrainTimeoutError(f"running sequences were not finished after {deadline_s:g} s") from error
         self._is_paused = True
 
-    async def _replace(self, write: Write, version: int, expected_digest: str | None) -> None:
+    async def _replace(self, write: Write, version: int, expected_digest: str | None, laps: Laps) -> None:
         was_poisoned, is_doubtful = self.poisoned, True  # until the write is known to be whole or undone
         try:
             try:
@@ -141,12 +144,14 @@ class Weights:
             except EngineError:
                 is_doubtful = was_poisoned
                 raise
+            laps.end("write")
             try:
                 digests = await self._engine.digests() if was_poisoned else self._shifted(shifts)
                 found = self._combine(digests)
                 if expected_digest is not None and found != expected_digest:
                     raise DigestMismatchError(f"written weights have digest {found}, declared was {expected_digest}")
                 await self._limited(self._engine.keep(version))
+                laps.end("keep")
             except (EngineError, DigestMismatchError):
                 await self._limited(self._engine.revert())
                 is_doubtful = was_poisoned
