@@ -85,6 +85,7 @@ def serve(
     commit_mode: Annotated[str | None, _flag("commit_mode")] = None,
     drain_deadline_s: Annotated[str | None, _flag("drain_deadline_s")] = None,
     write_deadline_s: Annotated[str | None, _flag("write_deadline_s")] = None,
+    update_scratch_gib: Annotated[str | None, _flag("update_scratch_gib")] = None,
     credit_mib: Annotated[str | None, _flag("credit_mib")] = None,
     max_update_gib: Annotated[str | None, _flag("max_update_gib")] = None,
     transfer_deadline_s: Annotated[str | None, _flag("transfer_deadline_s")] = None,

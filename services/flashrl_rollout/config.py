@@ -98,6 +98,12 @@ class RolloutConfig(BaseModel):
     )
     drain_deadline_s: float = Field(60.0, gt=0, description="Limit for finishing them; then sampling goes on unchanged")
     write_deadline_s: float = Field(300.0, gt=0, description="Limit for each step of replacing weights")
+    update_scratch_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Memory of each engine's device in which an update waits for its commit, twice its size; what has "
+        "no room waits on the host, and sampling for it; 0: on the CPU 1/16, on CUDA 2",
+    )
     credit_mib: int = Field(16, ge=5, le=256, description="Bytes of an update in flight; at least one chunk")
     max_update_gib: float = Field(64.0, gt=0, description="Largest decompressed update")
     transfer_deadline_s: float = Field(60.0, gt=0, description="An update that does not get on for so long is dropped")

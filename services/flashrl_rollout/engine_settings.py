@@ -36,6 +36,7 @@ class EngineSettings:
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.6
     kv_cache_gib: float = 0.0
+    update_scratch_gib: float = 0.0
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     enforce_eager: bool = False
     output_interval: int = 32

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
+from flashrl_rollout import addressed
 from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.head_copies import head_copies
 from flashrl_rollout.linear_method import RowsLinearMethod
@@ -42,6 +43,8 @@ class RankWeights:
     def open(cls, model: Any, checkpoint: Checkpoint) -> "RankWeights":
         """Find all tensors of `checkpoint` in `model`; ValueError names one that cannot be updated or is not served."""
         watched = _memory(model)
+        if watched[0].is_cuda:
+            addressed.warm_up(watched[0].device)
         found = _by_name(probe(model.load_weights, checkpoint.shapes, watched))
         tensors = tuple(_spec(name, checkpoint.shapes[name], landings) for name, landings in found.items())
         scales = {spec.name + SCALE_SUFFIX: (spec.shape[0], 1) for spec in tensors if spec.storage != "bf16"}

@@ -7,11 +7,13 @@ undoing.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from flashrl_rollout.place import AtAddresses, InTensor, Place
 from flashrl_rollout.runtime_map import Piece, RuntimePart
 from flashrl_wire.delta import Change
 from flashrl_wire.digest import PartDigest, bits, digest_segments
@@ -19,34 +21,9 @@ from flashrl_wire.digest import PartDigest, bits, digest_segments
 Shifts = dict[str, dict[str, PartDigest]]
 """Per part and region key, what an update added to the digest."""
 
+P = TypeVar("P", bound=Place)
 Held = tuple[str, str, int]
 """Part, region key, and which of the part's regions: copies of one region have one key."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the engine's `memory` [storage] the bit `patterns` [n] go, and the `old` ones [n] that are there."""
-
-    memory: Tensor
-    where: slice | Tensor
-    patterns: Tensor
-    old: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Scratch memory that it takes."""
-        return self.patterns.nbytes + self.old.nbytes + (self.where.nbytes if isinstance(self.where, Tensor) else 0)
-
-    def write(self) -> None:
-        """Put the patterns in place."""
-        if isinstance(self.where, slice):
-            self.memory[self.where] = self.patterns
-        else:
-            self.memory.scatter_(0, self.where, self.patterns)
-
-    def read(self) -> Tensor:
-        """What is there now, [n]."""
-        return self.memory[self.where] if isinstance(self.where, slice) else self.memory.index_select(0, self.where)
 
 
 @dataclass(frozen=True)
@@ -117,35 +94,32 @@ def _transferred(tensors: list[Tensor], device: torch.device) -> Iterator[Tensor
         yield from torch.split(torch.cat(tensors).to(device), [tensor.numel() for tensor in tensors])
 
 
-def _place(piece: Piece) -> Place:
-    place = Place(piece.memory, piece.where, piece.patterns, piece.patterns)
+def _place(piece: Piece) -> InTensor:
+    place = InTensor(piece.memory, piece.where, piece.patterns, piece.patterns)
     old = place.read()
-    return Place(piece.memory, piece.where, piece.patterns, old.clone() if isinstance(piece.where, slice) else old)
+    return replace(place, old=old.clone() if isinstance(piece.where, slice) else old)
 
 
-def _joined(places: Sequence[Place]) -> Iterator[Place]:
-    """The same places, those scattered over one tensor as one: parts of a fused layer are written together."""
-    scattered: dict[int, list[Place]] = {}
+def _joined(places: Sequence[InTensor]) -> Iterator[Place]:
+    """The same places, on CUDA those that are scattered over tensors as one for each size of value."""
+    scattered = []
     for place in places:
-        if isinstance(place.where, slice):
-            yield place
+        if isinstance(place.where, Tensor) and place.memory.is_cuda:
+            scattered.append(place)
         else:
-            scattered.setdefault(place.memory.data_ptr(), []).append(place)
-    for same in scattered.values():
-        if len(same) == 1:
-            yield same[0]
-            continue
-        where = torch.cat([place.where for place in same if isinstance(place.where, Tensor)])
-        patterns, old = (torch.cat([getattr(p, name) for p in same]) for name in ("patterns", "old"))
-        yield Place(same[0].memory, where, patterns, old)
+            yield place
+    for same in _by_size(scattered):
+        addresses = [p.memory.data_ptr() + p.where * p.old.element_size() for p in same if isinstance(p.where, Tensor)]
+        patterns, old = (torch.cat([getattr(place, name) for place in same]) for name in ("patterns", "old"))
+        yield AtAddresses(torch.cat(addresses), patterns, old, frozenset().union(*(place.touched for place in same)))
 
 
-def _by_size(places: Sequence[Place]) -> Iterator[list[Place]]:
+def _by_size(places: Sequence[P]) -> Iterator[list[P]]:
     for size in {place.old.element_size() for place in places}:
         yield [place for place in places if place.old.element_size() == size]
 
 
-def _shifts(pieces: Sequence[Piece], places: Sequence[Place]) -> list[PartDigest]:
+def _shifts(pieces: Sequence[Piece], places: Sequence[InTensor]) -> list[PartDigest]:
     """What each piece adds to its part's digest."""
     found: dict[int, PartDigest] = {}
     for size in {place.old.element_size() for place in places}:

@@ -45,13 +45,11 @@ class RuntimeWeights:
         parts: Mapping[str, RuntimePart],
         refresh: Refresh,
         group_elements: int | None = None,
-        ahead_bytes: int | None = None,
     ) -> None:
         self._parts = parts
         self._refresh = refresh
         self._device = next((held.memory.device for part in parts.values() for held in part.held), torch.device("cpu"))
         self._group_elements = group_elements or _GROUP_ELEMENTS.get(self._device.type, 1 << 20)
-        self._ahead_bytes = ahead_bytes if ahead_bytes is not None else _AHEAD_BYTES.get(self._device.type, 0)
         self._undo = UndoLog()
         self._touched: set[int] = set()
 
@@ -59,14 +57,17 @@ class RuntimeWeights:
         """Digest of every region, computed from the engine's memory."""
         return {name: part.digests() for name, part in self._parts.items()}
 
-    def prepare(self, changes: Iterable[Change]) -> Prepared:
-        """Make changes ready as far as there is room; nothing is written, so sampling may go on meanwhile.
+    def prepare(self, changes: Iterable[Change], max_bytes: int | None = None) -> Prepared:
+        """Make changes ready in scratch memory of `max_bytes`, and of half of what is free on a GPU; None: the default.
+
+        Nothing is written, so sampling may go on meanwhile.
 
         What is returned is right for as long as nothing else is written. ValueError for a change that does not fit.
         """
         ready: list[ReadyGroup] = []
         rest = groups(map(self._checked, changes), self._group_elements)
-        room, reached = 0 if self._touched else self._room(), dict[str, int]()  # a pending update may be taken back
+        # a pending update may be taken back: nothing can be read ahead on top of it
+        room, reached = 0 if self._touched else self._room(max_bytes), dict[str, int]()
         for group in rest:
             if room <= 0 or not _ascend(group, reached):
                 return Prepared(ready, chain([group], rest))
@@ -74,10 +75,9 @@ class RuntimeWeights:
             room -= ready[-1].nbytes
         return Prepared(ready, iter(()))
 
-    def _room(self) -> int:
-        if self._device.type != "cuda":
-            return self._ahead_bytes
-        return min(self._ahead_bytes, torch.cuda.mem_get_info(self._device)[0] // 4)
+    def _room(self, max_bytes: int | None) -> int:
+        wanted = _AHEAD_BYTES.get(self._device.type, 0) if max_bytes is None else max_bytes
+        return wanted if self._device.type != "cuda" else min(wanted, torch.cuda.mem_get_info(self._device)[0] // 2)
 
     def _ready(self, group: list[Change]) -> ReadyGroup:
         return ReadyGroup.of(group, self._parts, self._device)
@@ -135,8 +135,8 @@ class RuntimeWeights:
 
     def _put(self, group: ReadyGroup, *, is_resident: bool) -> None:
         for place in group.places:
-            self._undo.add(place.memory, place.where, place.old, is_resident=is_resident)
-            self._touched.add(place.memory.data_ptr())
+            self._undo.add(place, is_resident=is_resident)
+            self._touched |= place.touched
             place.write()
 
     def _checked(self, change: Change) -> Change:

@@ -3,6 +3,7 @@
 vLLM finds them through its setting `scheduler_cls`. Knows what is held and when all of it must go out; not how.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
@@ -53,6 +54,19 @@ class _Holding:
             self._held.drop(request.request_id)
         return finished
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """vLLM's own, for which the cache consists of the blocks with something to forget.
+
+        It goes through every block there is, in Python: 10 ms of each commit's pause for the 150,000 of a small model.
+        """
+        pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+        every = pool.blocks
+        pool.blocks = list(_cached_blocks(pool))
+        try:
+            return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
+        finally:
+            pool.blocks = every
+
     def _is_paused(self) -> bool:
         return bool(self.pause_state != PauseState.UNPAUSED)  # type: ignore[attr-defined]
 
@@ -66,6 +80,15 @@ class _Holding:
             and parameters.num_logprobs != -1  # a row of the whole vocabulary each
             and parameters.prompt_logprobs is None
         )
+
+
+def _cached_blocks(pool: Any) -> Iterator[Any]:
+    """Those that prompts may share: a hash stands for one, or for several by their ids."""
+    for found in pool.cached_block_hash_to_block._cache.values():
+        if isinstance(found, dict):
+            yield from found.values()
+        else:
+            yield found
 
 
 class HoldingScheduler(_Holding, Scheduler):  # type: ignore[misc]

@@ -50,6 +50,7 @@ class VllmEngine:
     def __init__(self, llm: AsyncLLM, settings: EngineSettings, gauges: Gauges) -> None:
         self._llm = llm
         self._gauges = gauges
+        self._scratch_bytes = int(settings.update_scratch_gib * (1 << 30)) or None
         self._device_memory = DeviceMemory(settings.tensor_parallel_size)
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
@@ -163,7 +164,7 @@ class VllmEngine:
 
     async def prepare(self, update: StagedUpdate) -> None:
         """Make a staged update ready on the device while sampling goes on, so that `apply` has little left to do."""
-        await self._workers("flashrl_prepare", update.path, update.model_dump_json())
+        await self._workers("flashrl_prepare", update.path, update.model_dump_json(), self._scratch_bytes)
         while not all(reply["done"] for reply in await self._workers("flashrl_is_prepared")):  # noqa: ASYNC110 (as below)
             await asyncio.sleep(_PREPARED_POLL_S)
 
@@ -227,7 +228,7 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_S)
         self._llm.shutdown = _nothing  # its finalizer calls it again, after the interpreter has taken vLLM apart
 
-    async def _workers(self, call: str, *arguments: str) -> list[rank_replies.Reply]:
+    async def _workers(self, call: str, *arguments: str | int | None) -> list[rank_replies.Reply]:
         replies: list[rank_replies.Reply] = await self._core(self._llm.collective_rpc(call, args=arguments))
         rank_replies.check(replies)
         return replies

@@ -63,11 +63,11 @@ class WorkerExtension:
         return {"digests": as_text(self.flashrl.weights.digests())}
 
     @_replying
-    def flashrl_prepare(self, path: str, update: str) -> Reply:
+    def flashrl_prepare(self, path: str, update: str, max_bytes: int | None) -> Reply:
         """Begin to make a staged update, given as JSON, ready to be written; `path` is its file."""
         staged = StagedUpdate.model_validate_json(update)
         weights, worker = self.flashrl.weights, cast("Any", self)
-        self._flashrl_ahead = path, Background(worker.device, lambda: weights.prepare(read_staged(staged)))
+        self._flashrl_ahead = path, Background(worker.device, lambda: weights.prepare(read_staged(staged), max_bytes))
         return {}
 
     @_replying

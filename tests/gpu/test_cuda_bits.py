@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flashrl_rollout import addressed
+from flashrl_rollout.background import Background
+from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, patterns_of
+from flashrl_rollout.runtime_weights import RuntimeWeights
 from flashrl_trainer.attention import packed_attention
 from flashrl_trainer.batch import TrainingSample, pack
 from flashrl_trainer.logprobs import token_logprobs
-from flashrl_wire.delta import diff, equal_bits
+from flashrl_wire.delta import Change, diff, equal_bits
 from flashrl_wire.digest import digest_at, digest_range
+from flashrl_wire.layout import PartSpec
 from flashrl_wire.quantize import RowStorage, quantize_rows
 
 pytestmark = [
@@ -95,3 +100,58 @@ def test_chunked_log_probs_in_bf16_are_close_to_fp32() -> None:
     found.sum().backward()
     assert inputs[1].grad is not None
     assert inputs[1].grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_elements_all_over_the_device_are_written_and_read_by_address(dtype: torch.dtype) -> None:
+    tensors = [torch.zeros(n, dtype=dtype, device="cuda") for n in (5000, 1, 333)]
+    where = [
+        torch.arange(1, n, 3, device="cuda") if n > 1 else torch.zeros(1, dtype=torch.long).cuda()
+        for n in (5000, 1, 333)
+    ]
+    values = [torch.randint(0, 100, w.shape, device="cuda").to(dtype) for w in where]
+    addresses = torch.cat([t.data_ptr() + w * t.element_size() for t, w in zip(tensors, where, strict=True)])
+    expected = [t.scatter(0, w, v) for t, w, v in zip(tensors, where, values, strict=True)]
+    addressed.scatter(addresses, torch.cat(values))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(tensors, expected, strict=True))
+    assert torch.equal(addressed.gather(addresses, torch.cat(values)), torch.cat(values))
+    addressed.scatter(addresses[:0], values[0][:0])
+
+
+def _weights(device: str) -> tuple[RuntimeWeights, list[Tensor]]:
+    """Two fused layers of two parts each, in bf16 and int8."""
+    memories = [
+        torch.zeros(600, dtype=torch.bfloat16, device=device),
+        torch.zeros(800, dtype=torch.int8, device=device),
+    ]
+    parts = {}
+    for memory, dtype in zip(memories, ("bf16", "int8"), strict=True):
+        half = memory.numel() // 2
+        for number in (0, 1):
+            spec = PartSpec(name=f"{dtype}.{number}", dtype=dtype, shape=(half, 1))  # type: ignore[arg-type]
+            region = Region.of(0, number * half, iter([Axis(half, 1, 1)]))
+            parts[spec.name] = RuntimePart(spec, (Held(region, patterns_of(memory)),))
+    return RuntimeWeights(parts, lambda _: None), memories
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 1 << 20])
+def test_updates_on_cuda_are_those_of_the_cpu_and_are_taken_back(ahead_bytes: int) -> None:
+    """Prepared beside the caller's stream, or written at once."""
+    generator = torch.Generator().manual_seed(1)
+    changes = [
+        Change("bf16.0", torch.randn(90, generator=generator).bfloat16(), torch.arange(0, 270, 3)),
+        Change("bf16.1", torch.randn(300, generator=generator).bfloat16()),
+        Change(
+            "int8.1", torch.randint(-127, 128, (50,), generator=generator).to(torch.int8), torch.arange(7, 407, 8)[:50]
+        ),
+        Change("int8.0", torch.randint(-127, 128, (4,), generator=generator).to(torch.int8), start=396),
+    ]
+    on_cpu, on_cuda = _weights("cpu"), _weights("cuda")
+    prepared = Background(torch.device("cuda:0"), lambda: on_cuda[0].prepare(changes, ahead_bytes)).result()
+    assert (prepared.ready != []) == bool(ahead_bytes)
+    assert not any(memory.any() for memory in on_cuda[1])
+    assert on_cuda[0].write(prepared) == on_cpu[0].write(changes)
+    for found, expected in zip(on_cuda[1], on_cpu[1], strict=True):
+        assert equal_bits(found.cpu(), expected)
+    on_cuda[0].revert()
+    assert not any(memory.any() for memory in on_cuda[1])

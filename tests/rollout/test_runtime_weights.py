@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashrl_rollout.ready_group import Place
+from flashrl_rollout.place import InTensor
 from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, patterns_of
 from flashrl_rollout.runtime_weights import RuntimeWeights, TakeBackError
 from flashrl_rollout.undo import UndoLog
@@ -19,7 +19,7 @@ from flashrl_wire.layout import PartSpec
 class Rig:
     """A fused bf16 [4, 6] matrix of parts `a` (rows 0-2) and `b` (row 3), and one fp8 part in a column slice."""
 
-    def __init__(self, group_elements: int | None = None, ahead_bytes: int | None = None) -> None:
+    def __init__(self, group_elements: int | None = None) -> None:
         self.fused = torch.arange(24, dtype=torch.float32).view(4, 6).to(torch.bfloat16)
         self.slice = torch.ones(2, 3).to(torch.float8_e4m3fn)
         self.refreshed: list[set[int]] = []
@@ -28,7 +28,7 @@ class Rig:
         b = _run(PartSpec("b", "bf16", (6,)), 18, self.fused)
         region = Region.of(3, 0, iter([Axis(2, 6, 3), Axis(3, 1, 1)]))
         c = RuntimePart(PartSpec("c", "fp8", (2, 6)), (Held(region, patterns_of(self.slice)),))
-        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh, group_elements, ahead_bytes)
+        self.weights = RuntimeWeights({"a": a, "b": b, "c": c}, self._refresh, group_elements)
 
     def _refresh(self, touched: set[int]) -> None:
         if self.fail:
@@ -76,9 +76,9 @@ def test_write_changes_exactly_the_named_elements() -> None:
 @pytest.mark.parametrize("group_elements", [1, 2, 5, None])
 def test_a_prepared_update_is_written_as_any_other(group_elements: int, ahead_bytes: int) -> None:
     """Whatever part of it there was room for, and nothing is written before it is time."""
-    plain, ahead = Rig(group_elements), Rig(group_elements, ahead_bytes)
+    plain, ahead = Rig(group_elements), Rig(group_elements)
     before = ahead.state()
-    prepared = ahead.weights.prepare(_changes())
+    prepared = ahead.weights.prepare(_changes(), ahead_bytes)
     assert all(torch.equal(new, old) for new, old in zip(ahead.state(), before, strict=True))
     assert ahead.weights.write(prepared) == plain.weights.write(_changes())
     assert all(torch.equal(new, old) for new, old in zip(ahead.state(), plain.state(), strict=True))
@@ -120,6 +120,7 @@ def test_a_write_that_does_not_stick_is_found_and_undone() -> None:
     before = rig.state()
     prepared = rig.weights.prepare(_changes())
     place = prepared.ready[0].places[0]
+    assert isinstance(place, InTensor)
     aside = replace(place, memory=place.memory.clone())  # written there, and not where it is read
     lost = replace(prepared.ready[0], places=(_Lost(**vars(aside)), *prepared.ready[0].places[1:]))
     with pytest.raises(ValueError, match="does not hold what was written"):
@@ -127,7 +128,7 @@ def test_a_write_that_does_not_stick_is_found_and_undone() -> None:
     assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
 
 
-class _Lost(Place):
+class _Lost(InTensor):
     def write(self) -> None:
         """As memory that has lost a write."""
 
@@ -229,8 +230,10 @@ def test_the_undo_log_works_beyond_its_room_on_the_device() -> None:
     memory = torch.arange(8, dtype=torch.int16)
     log = UndoLog(device_bytes=4)
     for where in (slice(0, 2), torch.tensor([1, 5]), slice(4, 8)):
-        log.add(memory, where, memory[where].clone())
-        memory[where] = -1
+        place = InTensor(memory, where, torch.full_like(memory[where], -1), memory[where].clone())
+        log.add(place)
+        place.write()
+    assert memory.tolist() == [-1, -1, 2, 3, -1, -1, -1, -1]
     log.take_back()
     assert memory.tolist() == list(range(8))
     assert len(log) == 0
