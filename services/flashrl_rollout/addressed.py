@@ -18,15 +18,16 @@ except ImportError:  # comes with torch for CUDA, and nobody calls this elsewher
 _BLOCK = 1024
 
 if triton is not None:
+    # one program for any count: a commit would have to compile another for the first that 16 divides
 
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+    @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator,unused-ignore]
     def _write(addresses, values, count, BLOCK: tl.constexpr):  # type: ignore  # noqa: N803
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
         pointers = tl.load(addresses + at, mask=inside, other=0).to(tl.pointer_type(values.dtype.element_ty))
         tl.store(pointers, tl.load(values + at, mask=inside), mask=inside)
 
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+    @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator,unused-ignore]
     def _read(addresses, values, count, BLOCK: tl.constexpr):  # type: ignore  # noqa: N803
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
