@@ -91,4 +91,5 @@ def test_a_process_that_dies_within_an_update_is_not_waited_for(
     assert not timer.is_alive(), "it was alive while the other committed"
     assert (row["sync/replicas"], stays.weights()["version"]) == (1, 1)
     assert row["sync/seconds"] < LIMIT_S
-    assert any(line.startswith(f"{dies.url} gets no prompts: /health was not answered") for line in fleets.said)
+    lost = [line for line in fleets.said if line.startswith(f"{dies.url} gets no prompts: ")]
+    assert len(lost) == 1, fleets.said  # either of who commits and who looks after it may be the first to see
