@@ -30,8 +30,8 @@ from flashrl_trainer.update import Updater
 VARIANTS = ("eager", "compiled", "recomputed")
 KINDS = {
     "compiled": ("triton",),
-    "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas"),
     "attention": ("flash", "fmha", "varlen"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas"),
     "optimizer": ("adam", "multi_tensor", "foreach"),
     "reductions (norms, log-softmax)": ("reduce", "softmax", "norm"),
     "copies and casts": ("copy", "memcpy", "cat", "memset"),
@@ -87,7 +87,8 @@ def measure(folder: Path, ranks: Ranks, variant: str, args: argparse.Namespace) 
         updater.step(batch, 1, 0)
     kinds: dict[str, float] = defaultdict(float)
     for event in profiled.key_averages():
-        kinds[kind(event.key)] += (event.self_device_time_total or event.self_cpu_time_total) / 1e3
+        spent = event.self_cpu_time_total if ranks.device.type == "cpu" else event.self_device_time_total
+        kinds[kind(event.key)] += spent / 1e3
     if args.kernels:
         print(profiled.key_averages().table("self_device_time_total", row_limit=args.kernels, max_name_column_width=90))
     parameters = sum(parameter.numel() for parameter in policy.parameters())

@@ -65,6 +65,7 @@ def arguments() -> argparse.Namespace:
     for name, value in (("rounds", 2), ("steps", 2), ("prompts", 16), ("samples", 8), ("max-tokens", 80)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-staleness", type=int, default=0, help="FlashRL samples so many steps ahead of training")
     parser.add_argument("--sequences-at-once", type=int, default=128, help="TRL's batch of one forward")
     return parser.parse_args()
 
@@ -126,6 +127,7 @@ def flashrl_steps(
         **{"rollout.urls": f"http://127.0.0.1:{port}", "rollout.connect_deadline_s": START_DEADLINE_S},
         **{"sampling.prompts_per_step": asked.prompts, "sampling.samples_per_prompt": asked.samples},
         **{"sampling.max_tokens": asked.max_tokens, "sampling.dynamic": "false", "optim.lr": 1e-5},
+        **{"algorithm.max_staleness": asked.max_staleness},
         **{"optim.mini_batch_prompts": asked.prompts, "checkpoint.every": 0, "checkpoint.export": "false"},
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
