@@ -1,57 +1,46 @@
-"""A call beside the work of a device: in a thread and, on CUDA, on a stream of its own.
+"""Calls beside the work of a device: in one thread and, on CUDA, on one stream of their own.
 
-Knows threads and streams; knows nothing of what is called.
+One for all calls: a new thread would have a heap of its own, and a new stream scratch memory of its own. Knows threads
+and streams; knows nothing of what is called.
 """
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
-    """Begins at once. What it leaves on the device is whole once `result` has returned."""
+class Background:
+    """`start(call)` gives a Future; what the call leaves on the device is whole once that has its result."""
 
-    def __init__(self, device: torch.device, call: Callable[[], T]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._outcome: T | BaseException | None = None
-        self._before = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._thread = threading.Thread(target=self._run, args=(call,), name="flashrl-ahead", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flashrl-ahead")
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def _run(self, call: Callable[[], T]) -> None:
-        try:
-            with torch.no_grad(), self._own_stream():
-                self._outcome = call()
-        except BaseException as error:
-            self._outcome = error
+    def start(self, call: Callable[[], T]) -> "Future[T]":
+        """Call it after what has been started before, and after what the caller's stream holds now."""
+        before = None if self._stream is None else torch.cuda.current_stream(self._device)
+        return self._thread.submit(self._run, call, before)
+
+    def _run(self, call: Callable[[], T], before: torch.cuda.Stream | None) -> T:
+        with torch.no_grad(), self._own_stream(before):
+            return call()
 
     @contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """A stream that begins after what the caller's holds, and has run empty at the end."""
-        if self._before is None:
+    def _own_stream(self, before: torch.cuda.Stream | None) -> Iterator[None]:
+        """The stream goes on from `before`, and has run empty at the end."""
+        if self._stream is None or before is None:
             yield
             return
         torch.cuda.set_device(self._device)
-        stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(self._before)
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
             yield
-        stream.synchronize()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `result` would return at once."""
-        return not self._thread.is_alive()
-
-    def result(self) -> T:
-        """What the call returned, or raise what it raised, once it has ended."""
-        self._thread.join()
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        assert self._outcome is not None
-        return self._outcome
+        self._stream.synchronize()

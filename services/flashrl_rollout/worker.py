@@ -6,8 +6,9 @@ engine. Knows nothing of requests, transfers or versions.
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, cast
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
@@ -46,7 +47,8 @@ class WorkerExtension:
     """Mixed into vLLM's worker class; `flashrl_` keeps its names apart from vLLM's."""
 
     flashrl: RankWeights
-    _flashrl_ahead: tuple[str, Background[Prepared]] | None = None
+    _flashrl_background: Background
+    _flashrl_ahead: "tuple[str, Future[Prepared]] | None" = None
 
     @_replying
     def flashrl_open(self, folder: str) -> Reply:
@@ -54,6 +56,7 @@ class WorkerExtension:
         worker: Any = self
         check_supported(worker.model_config)
         self.flashrl = RankWeights.open(worker.get_model(), Checkpoint(Path(folder)))
+        self._flashrl_background = Background(worker.device)
         # vLLM's worker knows it where it has measured what is left of the memory, and nobody else does
         return {**self.flashrl.describe(), "kv_cache_bytes": getattr(worker, "available_kv_cache_memory_bytes", 0)}
 
@@ -66,14 +69,17 @@ class WorkerExtension:
     def flashrl_prepare(self, path: str, update: str, max_bytes: int | None) -> Reply:
         """Begin to make a staged update, given as JSON, ready to be written; `path` is its file."""
         staged = StagedUpdate.model_validate_json(update)
-        weights, worker = self.flashrl.weights, cast("Any", self)
-        self._flashrl_ahead = path, Background(worker.device, lambda: weights.prepare(read_staged(staged), max_bytes))
+        weights = self.flashrl.weights
+        self._flashrl_ahead = (
+            path,
+            self._flashrl_background.start(lambda: weights.prepare(read_staged(staged), max_bytes)),
+        )
         return {}
 
     @_replying
     def flashrl_is_prepared(self) -> Reply:
         """Whether that has come to its end, good or bad."""
-        return {"done": self._flashrl_ahead is None or self._flashrl_ahead[1].is_done}
+        return {"done": self._flashrl_ahead is None or self._flashrl_ahead[1].done()}
 
     @_replying
     def flashrl_apply(self, path: str, update: str) -> Reply:
@@ -109,7 +115,7 @@ class WorkerExtension:
         return {}
 
 
-def _prepared(ahead: Background[Prepared]) -> Prepared | None:
+def _prepared(ahead: "Future[Prepared]") -> Prepared | None:
     """What was made ready; None where that failed: there may be room for it in pieces, or else the write says why."""
     try:
         return ahead.result()

@@ -147,7 +147,7 @@ def test_updates_on_cuda_are_those_of_the_cpu_and_are_taken_back(ahead_bytes: in
         Change("int8.0", torch.randint(-127, 128, (4,), generator=generator).to(torch.int8), start=396),
     ]
     on_cpu, on_cuda = _weights("cpu"), _weights("cuda")
-    prepared = Background(torch.device("cuda:0"), lambda: on_cuda[0].prepare(changes, ahead_bytes)).result()
+    prepared = Background(torch.device("cuda:0")).start(lambda: on_cuda[0].prepare(changes, ahead_bytes)).result()
     assert (prepared.ready != []) == bool(ahead_bytes)
     assert not any(memory.any() for memory in on_cuda[1])
     assert on_cuda[0].write(prepared) == on_cpu[0].write(changes)

@@ -1,4 +1,4 @@
-"""A call in a thread: its result, its error, and that it does not hold up the caller."""
+"""Calls in a thread: their results, their errors, and that they do not hold up the caller."""
 
 import threading
 
@@ -10,25 +10,28 @@ from flashrl_rollout.background import Background
 CPU = torch.device("cpu")
 
 
-def test_it_runs_beside_the_caller_without_gradients() -> None:
+def test_it_runs_beside_the_caller_without_gradients_in_one_thread() -> None:
     go = threading.Event()
 
-    def call() -> tuple[str, bool]:
+    def call() -> tuple[int, bool]:
         assert go.wait(30)
-        return threading.current_thread().name, torch.is_grad_enabled()
+        return threading.get_ident(), torch.is_grad_enabled()
 
-    background = Background(CPU, call)
-    assert not background.is_done
+    background = Background(CPU)
+    first, second = background.start(call), background.start(call)
+    assert not first.done()
     go.set()
-    assert background.result() == ("flashrl-ahead", False)
-    assert background.is_done
+    assert first.result() == second.result() == (first.result()[0], False)
+    assert first.result()[0] != threading.get_ident()
+    assert torch.is_grad_enabled()
 
 
-def test_an_error_is_raised_where_the_result_is_asked_for() -> None:
+def test_an_error_is_raised_where_the_result_is_asked_for_and_ends_nothing() -> None:
     def call() -> None:
         raise ValueError("no such part")
 
-    background = Background(CPU, call)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="no such part"):
-            background.result()
+    background = Background(CPU)
+    failed, after = background.start(call), background.start(lambda: 3)
+    with pytest.raises(ValueError, match="no such part"):
+        failed.result()
+    assert after.result() == 3
