@@ -22,7 +22,7 @@ Shifts = dict[str, dict[str, PartDigest]]
 """Per part and region key, what an update added to the digest."""
 
 P = TypeVar("P", bound=Place)
-Held = tuple[str, str, int]
+CopyKey = tuple[str, str, int]
 """Part, region key, and which of the part's regions: copies of one region have one key."""
 
 
@@ -31,7 +31,7 @@ class ReadyGroup:
     """What a group of changes writes, and what that adds to the digests."""
 
     places: tuple[Place, ...]
-    shifts: tuple[tuple[Held, PartDigest], ...]
+    shifts: tuple[tuple[CopyKey, PartDigest], ...]
 
     @classmethod
     def of(cls, changes: Sequence[Change], parts: Mapping[str, RuntimePart], device: torch.device) -> "ReadyGroup":

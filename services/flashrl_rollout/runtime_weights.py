@@ -10,7 +10,7 @@ from itertools import chain
 
 import torch
 
-from flashrl_rollout.ready_group import Held, ReadyGroup, Shifts, groups
+from flashrl_rollout.ready_group import CopyKey, ReadyGroup, Shifts, groups
 from flashrl_rollout.runtime_map import RuntimePart
 from flashrl_rollout.undo import UndoLog
 from flashrl_wire.codec import PART_DTYPE
@@ -117,7 +117,7 @@ class RuntimeWeights:
             raise TakeBackError(f"the old values could not be put back: {error}") from error
 
     def _write(self, update: Prepared) -> Shifts:
-        found: dict[Held, PartDigest] = {}
+        found: dict[CopyKey, PartDigest] = {}
         for group in update.ready:
             self._put(group, is_resident=True)
         for group in update.ready:  # once all of it is written: reading back waits for the device
@@ -156,7 +156,7 @@ def as_text(shifts: Shifts) -> dict[str, dict[str, str]]:
     return {part: {key: digest.hex() for key, digest in regions.items()} for part, regions in shifts.items()}
 
 
-def _totals(found: Mapping[Held, PartDigest]) -> Shifts:
+def _totals(found: Mapping[CopyKey, PartDigest]) -> Shifts:
     """One shift for each region; ValueError where copies of it took different ones."""
     totals: Shifts = {}
     for (part, key, _), shift in found.items():
