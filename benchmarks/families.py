@@ -133,7 +133,8 @@ def walk(precision: str, first: Path, second: Path, staged: Path) -> tuple[Any, 
         changes = [diff(part.name, old[part.name], new[part.name]) for part in layout.parts()]
         staged.unlink(missing_ok=True)
         update = write_staged(staged, [change for change, _ in filter(None, changes)])
-        _workers(llm, "flashrl_apply", update.model_dump_json())
+        _workers(llm, "flashrl_prepare", update.path, update.model_dump_json(), None)
+        _workers(llm, "flashrl_apply", update.path, update.model_dump_json())
         _workers(llm, "flashrl_keep")
         llm.reset_prefix_cache()
         if _digests(llm) != stored_state.digests(new):
@@ -212,7 +213,7 @@ def _digests(llm: Any) -> Any:
     return rank_replies.digests(_workers(llm, "flashrl_digests"))
 
 
-def _workers(llm: Any, call: str, *arguments: str) -> Any:
+def _workers(llm: Any, call: str, *arguments: str | None) -> Any:
     from flashrl_rollout import rank_replies
     from flashrl_rollout.engine import EngineError
 
