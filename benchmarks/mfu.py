@@ -56,10 +56,10 @@ def _completion(ids: Sequence[int]) -> Completion:
     return Completion(list(ids), [-1.0] * len(ids), "", "stop", [(0, 0, len(ids))])
 
 
-def kind(name: str) -> str:
-    """Of a kernel."""
-    lowered = name.lower()
-    return next((kind for kind, words in KINDS.items() if any(word in lowered for word in words)), "other")
+def kind_of(kernel: str) -> str:
+    """The first of KINDS with a word that its name has."""
+    name = kernel.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
 def measure(folder: Path, ranks: Ranks, variant: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def measure(folder: Path, ranks: Ranks, variant: str, args: argparse.Namespace) 
     kinds: dict[str, float] = defaultdict(float)
     for event in profiled.key_averages():
         spent = event.self_cpu_time_total if ranks.device.type == "cpu" else event.self_device_time_total
-        kinds[kind(event.key)] += spent / 1e3
+        kinds[kind_of(event.key)] += spent / 1e3
     if args.kernels:
         print(profiled.key_averages().table("self_device_time_total", row_limit=args.kernels, max_name_column_width=90))
     parameters = sum(parameter.numel() for parameter in policy.parameters())

@@ -83,7 +83,7 @@ class InTensor:
     def on_host(self) -> "InTensor":
         """The same for `take_back` only, without scratch memory on the device."""
         where = self.where.cpu() if isinstance(self.where, Tensor) else self.where
-        return replace(self, where=where, old=self.old.cpu(), patterns=self.patterns[:0])
+        return replace(self, where=where, old=self.old.cpu(), patterns=self.patterns.new_empty(0))
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,4 @@ class AtAddresses:
 
     def on_host(self) -> "AtAddresses":
         """The same for `take_back` only, without scratch memory on the device."""
-        return replace(self, addresses=self.addresses.cpu(), old=self.old.cpu(), patterns=self.patterns[:0])
+        return replace(self, addresses=self.addresses.cpu(), old=self.old.cpu(), patterns=self.patterns.new_empty(0))

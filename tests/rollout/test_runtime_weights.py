@@ -233,6 +233,7 @@ def test_the_undo_log_works_beyond_its_room_on_the_device() -> None:
         place = InTensor(memory, where, torch.full_like(memory[where], -1), memory[where].clone())
         log.add(place)
         place.write()
+        assert place.on_host().patterns.untyped_storage().nbytes() == 0, "a view would keep all of it on the device"
     assert memory.tolist() == [-1, -1, 2, 3, -1, -1, -1, -1]
     log.take_back()
     assert memory.tolist() == list(range(8))

@@ -138,4 +138,4 @@ def test_the_step_moves_every_weight_and_the_loss() -> None:
 
 if __name__ == "__main__":
     on_a_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-    os._exit(0)  # a thread of gloo's that outlives the interpreter ends it by SIGABRT, once in a hundred times or so
+    os._exit(0)  # a thread of gloo's that outlives the interpreter has ended it by SIGABRT

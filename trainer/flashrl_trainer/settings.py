@@ -76,7 +76,9 @@ class ModelSettings(Section):
         "bfloat16", description="Forward and backward; master weights and optimizer state are float32 always"
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more work")
-    compile: bool = Field(False, description="Compile each block with torch.compile: minutes at the start, on a GPU")
+    compile: bool = Field(
+        False, description="Compile blocks and log-probs with torch.compile: minutes at the start, on a GPU"
+    )
     hsdp_replicas: int = Field(
         1, ge=1, description="Copies of the model, each sharded over an equal part of the ranks; 1: over all of them"
     )
