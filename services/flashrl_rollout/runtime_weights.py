@@ -31,10 +31,11 @@ class TakeBackError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """An update as far as it could be made ready, and the groups that are still to be."""
+    """An update as far as it could be made ready, and the groups that are still to be; `shifts` where none are."""
 
     ready: list[ReadyGroup]
     rest: Iterator[list[Change]]
+    shifts: Shifts | None = None
 
 
 class RuntimeWeights:
@@ -73,7 +74,7 @@ class RuntimeWeights:
                 return Prepared(ready, chain([group], rest))
             ready.append(self._ready(group))
             room -= ready[-1].nbytes
-        return Prepared(ready, iter(()))
+        return Prepared(ready, iter(()), _shifts(ready))
 
     def _room(self, max_bytes: int | None) -> int:
         wanted = _AHEAD_BYTES.get(self._device.type, 0) if max_bytes is None else max_bytes
@@ -117,15 +118,13 @@ class RuntimeWeights:
             raise TakeBackError(f"the old values could not be put back: {error}") from error
 
     def _write(self, update: Prepared) -> Shifts:
-        found: dict[CopyKey, PartDigest] = {}
         for group in update.ready:
             self._put(group, is_resident=True)
         for group in update.ready:  # once all of it is written: reading back waits for the device
             group.check()
-        for group in chain(update.ready, map(self._ready_and_put, update.rest)):
-            for held, shift in group.shifts:
-                found[held] = found.get(held, PartDigest()) + shift
-        return _totals(found)
+        if update.shifts is not None:
+            return update.shifts
+        return _shifts(chain(update.ready, map(self._ready_and_put, update.rest)))
 
     def _ready_and_put(self, changes: list[Change]) -> ReadyGroup:
         group = self._ready(changes)
@@ -156,8 +155,12 @@ def as_text(shifts: Shifts) -> dict[str, dict[str, str]]:
     return {part: {key: digest.hex() for key, digest in regions.items()} for part, regions in shifts.items()}
 
 
-def _totals(found: Mapping[CopyKey, PartDigest]) -> Shifts:
-    """One shift for each region; ValueError where copies of it took different ones."""
+def _shifts(groups: Iterable[ReadyGroup]) -> Shifts:
+    """What groups add up to, region by region; ValueError where copies of one took different changes."""
+    found: dict[CopyKey, PartDigest] = {}
+    for group in groups:
+        for held, shift in group.shifts:
+            found[held] = found.get(held, PartDigest()) + shift
     totals: Shifts = {}
     for (part, key, _), shift in found.items():
         if totals.setdefault(part, {}).setdefault(key, shift) != shift:

@@ -55,6 +55,8 @@ class VllmEngine:
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
         self._is_lost = self._is_paused = False
+        self._version = 0
+        self._prepared: tuple[str, dict[str, PartDigest]] | None = None  # path, and what the workers said of it
         self._stall_watch = StallWatch(max(settings.request_timeout_s, _SHORTEST_STALL_S))
         config = llm.model_config
         self.info = EngineInfo(
@@ -98,7 +100,7 @@ class VllmEngine:
         except EngineError as error:
             raise ValueError(str(error)) from error
         self.info = replace(self.info, kv_cache_bytes=min(int(reply["kv_cache_bytes"]) for reply in replies))
-        await self._core(self._llm.engine_core.set_weight_version_async("0"))
+        await self._core(self._llm.engine_core.set_weight_version_async(str(self._version)))
         await warm_up(self)
 
     @property
@@ -164,16 +166,26 @@ class VllmEngine:
 
     async def prepare(self, update: StagedUpdate) -> None:
         """Make a staged update ready on the device while sampling goes on, so that `apply` has little left to do."""
+        self._prepared = None
         await self._workers("flashrl_prepare", update.path, update.model_dump_json(), self._scratch_bytes)
-        while not all(reply["done"] for reply in await self._workers("flashrl_is_prepared")):  # noqa: ASYNC110 (as below)
+        replies = await self._workers("flashrl_is_prepared")
+        while not all(reply["done"] for reply in replies):
             await asyncio.sleep(_PREPARED_POLL_S)
+            replies = await self._workers("flashrl_is_prepared")
+        if all("digests" in reply for reply in replies):
+            self._prepared = update.path, rank_replies.digests(replies)
 
     async def apply(self, update: StagedUpdate) -> dict[str, PartDigest]:
         """Write a staged update in place, keep the old values aside; EngineError: nothing changed."""
-        return await self._write("flashrl_apply", update.path, update.model_dump_json())
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared[0] != update.path:
+            return await self._write("flashrl_apply", update.path, update.model_dump_json())
+        await self._write("flashrl_apply_prepared", update.path)
+        return prepared[1]
 
     async def load_checkpoint(self, path: Path) -> dict[str, PartDigest]:
         """Quantize a Hugging Face folder and write it in place, as `apply` does."""
+        self._prepared = None
         return await self._write("flashrl_load_checkpoint", str(path))
 
     async def _write(self, call: str, *arguments: str) -> dict[str, PartDigest]:
@@ -205,10 +217,15 @@ class VllmEngine:
         keys and values of the old weights.
         """
         core = self._llm.engine_core
-        if not await self._core(core.reset_prefix_cache_async(reset_running_requests=True)):
+        forgetting = asyncio.ensure_future(self._core(core.reset_prefix_cache_async(reset_running_requests=True)))
+        naming = asyncio.ensure_future(self._core(core.set_weight_version_async(str(version))))
+        await asyncio.wait((forgetting, naming))  # both on their way at once: nothing samples, and a pause is short
+        naming.result()
+        if not forgetting.result():
+            await self._core(core.set_weight_version_async(str(self._version)))
             raise EngineError("vLLM did not forget the keys and values of the old weights")
         await self._workers("flashrl_keep")
-        await self._core(core.set_weight_version_async(str(version)))
+        self._version = version
 
     async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp:
         """vLLM's own HTTP routes for this engine, in a FastAPI app that `empty_app` makes."""

@@ -78,16 +78,34 @@ class WorkerExtension:
 
     @_replying
     def flashrl_is_prepared(self) -> Reply:
-        """Whether that has come to its end, good or bad."""
-        return {"done": self._flashrl_ahead is None or self._flashrl_ahead[1].done()}
+        """Whether that has come to its end, good or bad; with what it adds to the digests where all of it is ready."""
+        ahead = None if self._flashrl_ahead is None else self._flashrl_ahead[1]
+        if ahead is None or not ahead.done():
+            return {"done": ahead is None}
+        ready = _prepared(ahead)
+        shifts = None if ready is None else ready.shifts
+        return {"done": True} if shifts is None else {"done": True, "digests": as_text(shifts)}
 
     @_replying
     def flashrl_apply(self, path: str, update: str) -> Reply:
         """Write a staged update, given as JSON, from what was made ready of it."""
-        ahead, self._flashrl_ahead = self._flashrl_ahead, None
-        ready = _prepared(ahead[1]) if ahead is not None and ahead[0] == path else None
+        ready = self._flashrl_taken(path)
         changes = ready or read_staged(StagedUpdate.model_validate_json(update))
         return {"digests": as_text(self.flashrl.weights.write(changes))}
+
+    @_replying
+    def flashrl_apply_prepared(self, path: str) -> Reply:
+        """Write what was made ready, all of it, and told by `flashrl_is_prepared`."""
+        ready = self._flashrl_taken(path)
+        if ready is None or ready.shifts is None:
+            raise ValueError("the update was not made ready")
+        self.flashrl.weights.write(ready)
+        return {"digests": {}}
+
+    def _flashrl_taken(self, path: str) -> Prepared | None:
+        """What was made ready of the update in `path`; whatever was is right once only."""
+        ahead, self._flashrl_ahead = self._flashrl_ahead, None
+        return _prepared(ahead[1]) if ahead is not None and ahead[0] == path else None
 
     @_replying
     def flashrl_load_checkpoint(self, folder: str) -> Reply:
