@@ -12,8 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 ADDITIONAL_CONFIG = "flashrl"
 """Where a selection lies in vLLM's `--additional-config`: `{"flashrl": {"keep_bf16": ["*.down_proj"]}}`."""
 
-AUTO_ELEMENTS = {"cpu": 0, "cuda": 8_000_000}
-"""`auto`: N * K from which 8 bits pay, as measured (docs/quantization.md)."""
+AUTO_ELEMENTS = {"cpu": (0, 0), "cuda": (8_000_000, 24_000_000)}
+"""`auto`: N * K from which 8 bits pay, as measured (docs/quantization.md): of layers with N >= K, and of others.
+
+A product with few outputs and long sums occupies less of a GPU in 8 bits, where it is one tile to a processor.
+"""
 
 QuantizeLayers = Literal["auto", "all"] | Annotated[int, Field(ge=0)]
 Packed = Mapping[str, Sequence[str]]
@@ -24,7 +27,7 @@ class LayerSelection(BaseModel):
     """`LayerSelection(keep_bf16=("*.down_proj",), quantize_layers="all")`; patterns are over Hugging Face module names.
 
     A layer is stored in bf16 if a pattern matches its name or all its parts, or if it has fewer elements than
-    `quantize_layers` says. Elements are those of the whole layer, so that no choice depends on the number of ranks.
+    `quantize_layers` says. The shape is that of the whole layer, so that no choice depends on the number of ranks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,15 +45,16 @@ class LayerSelection(BaseModel):
         """What `of` reads, as plain values."""
         return {ADDITIONAL_CONFIG: self.model_dump(mode="json")}
 
-    def least_elements(self, device: str) -> int:
-        """Elements from which a layer is quantized on `cpu` or `cuda`."""
-        if self.quantize_layers == "auto":
-            return AUTO_ELEMENTS.get(device, AUTO_ELEMENTS["cuda"])
-        return 0 if self.quantize_layers == "all" else self.quantize_layers
+    def quantizes(self, name: str, packed: Packed, shape: tuple[int, int], device: str) -> bool:
+        """Whether the layer `name` with weight [N, K] is quantized on `cpu` or `cuda`; ValueError as in `keeps`."""
+        rows, columns = shape
+        return not self.keeps(name, packed) and rows * columns >= self._least_elements(shape, device)
 
-    def quantizes(self, name: str, packed: Packed, elements: int, device: str) -> bool:
-        """Whether the layer `name` of N * K = `elements` is quantized; ValueError as in `keeps`."""
-        return not self.keeps(name, packed) and elements >= self.least_elements(device)
+    def _least_elements(self, shape: tuple[int, int], device: str) -> int:
+        if self.quantize_layers == "auto":
+            wide, narrow = AUTO_ELEMENTS.get(device, AUTO_ELEMENTS["cuda"])
+            return wide if shape[0] >= shape[1] else narrow
+        return 0 if self.quantize_layers == "all" else self.quantize_layers
 
     def keeps(self, name: str, packed: Packed) -> bool:
         """Whether patterns keep the layer in bf16; ValueError where they match some of its parts, but not all."""

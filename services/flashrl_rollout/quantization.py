@@ -51,7 +51,7 @@ class _RowsConfig(QuantizationConfig):  # type: ignore[misc]
     def _quantizes(self, layer: LinearBase, prefix: str) -> bool:
         selection = LayerSelection.of(get_current_vllm_config().additional_config)
         device = current_platform.device_type
-        return selection.quantizes(prefix, self.packed_modules_mapping, _num_elements(layer), device)
+        return selection.quantizes(prefix, self.packed_modules_mapping, _whole_shape(layer), device)
 
     @abstractmethod
     def _linear_method(self) -> QuantizeMethodBase:
@@ -103,13 +103,13 @@ class Bf16CpuConfig(_RowsConfig):
         return Bf16CpuLinearMethod()
 
 
-def _num_elements(layer: LinearBase) -> int:
-    """N * K of the whole layer, in which key and value heads that several ranks hold count once."""
+def _whole_shape(layer: LinearBase) -> tuple[int, int]:
+    """[N, K] of the whole layer, in which key and value heads that several ranks hold count once."""
     rows = layer.output_size
     if isinstance(layer, QKVParallelLinear):
         queries, *others = layer.output_sizes
         rows = queries + sum(others) // layer.num_kv_head_replicas
-    return int(rows * layer.input_size)
+    return int(rows), int(layer.input_size)
 
 
 def _bf16_method() -> QuantizeMethodBase:

@@ -17,8 +17,10 @@ MODULES = [
 ]
 
 
-def quantized(selection: LayerSelection, name: str, elements: int = 1 << 24, device: str = "cuda") -> bool:
-    return selection.quantizes(name, PACKED, elements, device)
+def quantized(
+    selection: LayerSelection, name: str, shape: tuple[int, int] = (1 << 13, 1 << 12), device: str = "cuda"
+) -> bool:
+    return selection.quantizes(name, PACKED, shape, device)
 
 
 @pytest.mark.parametrize(
@@ -50,20 +52,22 @@ def test_a_pattern_over_a_part_of_a_fused_layer_is_a_mistake_that_names_both() -
 
 
 @pytest.mark.parametrize(
-    ("quantize_layers", "device", "elements", "expected"),
+    ("quantize_layers", "device", "shape", "expected"),
     [
-        ("auto", "cuda", 4864 * 896, False),  # down_proj of 0.5B
-        ("auto", "cuda", 9728 * 896, True),  # gate_up_proj of 0.5B
-        ("auto", "cuda", 3584 * 3584, True),  # o_proj of 7B
-        ("auto", "cpu", 1, True),
-        ("all", "cuda", 1, True),
-        (100, "cpu", 99, False),
-        (100, "cpu", 100, True),
+        ("auto", "cuda", (896, 4864), False),  # down_proj of 0.5B
+        ("auto", "cuda", (9728, 896), True),  # gate_up_proj of 0.5B
+        ("auto", "cuda", (1536, 8960), False),  # down_proj of 1.5B, larger but narrow
+        ("auto", "cuda", (2560, 9728), True),  # down_proj of Qwen3-4B
+        ("auto", "cuda", (3584, 3584), True),  # o_proj of 7B
+        ("auto", "cpu", (1, 2), True),
+        ("all", "cuda", (1, 2), True),
+        (100, "cpu", (9, 11), False),
+        (100, "cpu", (5, 20), True),
     ],
 )
-def test_small_layers_stay_bf16(quantize_layers: str, device: str, elements: int, expected: bool) -> None:
+def test_small_layers_stay_bf16(quantize_layers: str, device: str, shape: tuple[int, int], expected: bool) -> None:
     selection = LayerSelection.model_validate({"quantize_layers": quantize_layers})
-    assert quantized(selection, "model.layers.0.mlp.down_proj", elements, device) is expected
+    assert quantized(selection, "model.layers.0.mlp.down_proj", shape, device) is expected
 
 
 def test_a_pattern_without_a_match_is_named() -> None:

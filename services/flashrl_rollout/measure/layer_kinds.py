@@ -70,7 +70,7 @@ def layer_kinds(model: Any, packed: Packed) -> list[LayerKind]:
 def selected_modules(kinds: list[LayerKind], selection: LayerSelection, packed: Packed, device: str) -> list[str]:
     """The modules that a service with this selection would quantize."""
     layers = (layer for kind in kinds for layer in kind.layers)
-    chosen = (layer for layer in layers if selection.quantizes(layer.name, packed, layer.elements, device))
+    chosen = (layer for layer in layers if selection.quantizes(layer.name, packed, (layer.rows, layer.columns), device))
     return [part for layer in chosen for part in layer.parts]
 
 
