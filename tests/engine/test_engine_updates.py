@@ -99,6 +99,34 @@ def test_what_was_prepared_for_other_weights_is_made_anew(
     loop.run(prepared_too_early())
 
 
+def test_a_cache_that_is_not_forgotten_leaves_version_and_weights(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core: Any = int8_engine._llm.engine_core  # type: ignore[attr-defined]
+
+    async def refused(**_: bool) -> bool:
+        return False
+
+    async def kept_in_vain() -> None:
+        layout = await int8_engine.layout()
+        await load(int8_engine, checkpoints.first, 13)
+        before = await greedy(int8_engine)
+        old, new = (stored_state.read_parts(folder, layout) for folder in (checkpoints.first, checkpoints.third))
+        await int8_engine.pause("keep", 30)
+        await int8_engine.apply(delta(layout, old, new, tmp_path / "staged"))
+        with monkeypatch.context() as patched:
+            patched.setattr(core, "reset_prefix_cache_async", refused)
+            with pytest.raises(EngineError, match="did not forget"):
+                await int8_engine.keep(14)
+        await int8_engine.revert()
+        await int8_engine.resume()
+        assert await greedy(int8_engine) == before
+        (completion,) = await int8_engine.generate("after", PROMPTS[0], 1, GREEDY, 0)
+        assert {version for version, _, _ in completion.weight_versions} == {13}
+
+    loop.run(kept_in_vain())
+
+
 def test_a_checkpoint_of_another_shape_changes_nothing(
     int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
