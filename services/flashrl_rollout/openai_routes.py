@@ -26,7 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-_PROTOCOL = "protocol.py"  # where vLLM's request models are
+_READING = ("/protocol.py", "/vllm/renderers/")  # where vLLM's request models are, and what makes tokens of chats
 
 
 async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
@@ -42,7 +42,7 @@ async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
     init_exception_handler(app)
     app.exception_handler(HTTPException)(http_exception_handler)  # vLLM's own is for FastAPI's subclass only
     app.exception_handler(EngineDeadError)(_engine_is_dead)
-    for kind in (AttributeError, TypeError, KeyError):
+    for kind in (AttributeError, TypeError, LookupError):
         app.exception_handler(kind)(_misread)
 
 
@@ -54,8 +54,9 @@ def _arguments(model: str) -> Namespace:
 
 
 async def _misread(request: Request, error: Exception) -> JSONResponse:
-    """400 where vLLM's check of a request met a type that it had not reckoned with; 500 where that happened later."""
-    is_request = any(frame.filename.endswith(_PROTOCOL) for frame in traceback.extract_tb(error.__traceback__))
+    """400 where vLLM's reading of a request met a type that it had not reckoned with; 500 where that happened later."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_request = any(place in frame.filename for frame in frames for place in _READING)
     status = HTTPStatus.BAD_REQUEST if is_request else HTTPStatus.INTERNAL_SERVER_ERROR
     kind = "invalid_field" if is_request else "InternalServerError"
     found = create_error_response(f"a field has a wrong type: {error}" if is_request else str(error), kind, status)

@@ -198,6 +198,20 @@ def test_mistakes_are_told_as_openai_tells_them(server: Server, path: str, body:
     assert server.service.require_sampling().gate.active_sequences == 0
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [{"author": {"role": "user"}, "content": [{"type": "text", "text": "hi"}]}]},  # of gpt-oss
+        {"structured_outputs": True},
+    ],
+)
+def test_what_vllm_stumbles_over_is_the_requests_mistake(chat_server: Server, wrong: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 4}
+    reply = chat_server.ask(CHAT, body | wrong)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, 400), reply.text
+    assert chat_server.ask(CHAT, body).status_code == 200
+
+
 def test_what_vllm_does_not_know_it_ignores(server: Server, expected: list[list[int]]) -> None:
     completed = server.ask(COMPLETIONS, completion(PROMPTS[0], no_such_field=1)).json()
     drawn = server.ask(TOKENS, tokens(PROMPTS[0], no_such_field=1)).json()
