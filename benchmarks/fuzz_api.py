@@ -112,15 +112,15 @@ class Fuzz:
         if sent.seconds > self.report.slowest_s:
             self.report.slowest_s, self.report.slowest = round(sent.seconds, 2), sent.name[:200]
         if sent.seconds > LIMIT_S or not sent.status:
-            self.report.fail(f"no answer within {LIMIT_S:g} s: {sent.name[:500]}")
+            self.report.fail(f"no answer within {LIMIT_S:g} s: {sent.name[:2000]}")
         elif sent.status >= 500 and not (sent.status == 503 and sent.headers.get("retry-after", "").isdigit()):
-            self.report.fail(f"{sent.status} {sent.content[:300]!r} for {sent.name[:500]}")
+            self.report.fail(f"{sent.status} {sent.content[:300]!r} for {sent.name[:2000]}")
         elif b"Traceback (most" in sent.content or b'File "/' in sent.content:
-            self.report.fail(f"a stack trace for {sent.name[:500]}: {sent.content[:500]!r}")
+            self.report.fail(f"a stack trace for {sent.name[:2000]}: {sent.content[:500]!r}")
         elif DEPARTS in sent.name:
             self.report.fail(sent.name[-800:])
         elif sent.status >= 400 and sent.method != "HEAD" and not _is_error(sent.content):
-            self.report.fail(f"{sent.status} with no error in {sent.content[:300]!r} for {sent.name[:500]}")
+            self.report.fail(f"{sent.status} with no error in {sent.content[:300]!r} for {sent.name[:2000]}")
 
     def _state(self) -> dict[str, Any]:
         """A greedy sample and the weights."""

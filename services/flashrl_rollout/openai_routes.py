@@ -24,7 +24,7 @@ from vllm.entrypoints.serve.exception_handling.handlers.http import http_excepti
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 _READING = ("/protocol.py", "/vllm/renderers/")  # where vLLM's request models are, and what makes tokens of chats
 
@@ -42,6 +42,7 @@ async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
     init_exception_handler(app)
     app.exception_handler(HTTPException)(http_exception_handler)  # vLLM's own is for FastAPI's subclass only
     app.exception_handler(EngineDeadError)(_engine_is_dead)
+    app.exception_handler(EngineGenerateError)(_not_generated)
     for kind in (AttributeError, TypeError, LookupError):
         app.exception_handler(kind)(_misread)
 
@@ -60,6 +61,16 @@ async def _misread(request: Request, error: Exception) -> JSONResponse:
     status = HTTPStatus.BAD_REQUEST if is_request else HTTPStatus.INTERNAL_SERVER_ERROR
     kind = "invalid_field" if is_request else "InternalServerError"
     found = create_error_response(f"a field has a wrong type: {error}" if is_request else str(error), kind, status)
+    return JSONResponse(found.model_dump(), found.error.code)
+
+
+async def _not_generated(request: Request, error: EngineGenerateError) -> JSONResponse:
+    """400 where vLLM could not hand a request to the engine, 500 where it failed there; vLLM gives no reason at all."""
+    cause = error.__cause__ or error
+    is_request = any(frame.name == "add_request" for frame in traceback.extract_tb(cause.__traceback__))
+    status = HTTPStatus.BAD_REQUEST if is_request else HTTPStatus.INTERNAL_SERVER_ERROR
+    kind = "invalid_field" if is_request else "InternalServerError"
+    found = create_error_response(" ".join(f"generation failed: {cause}".split()), kind, status)
     return JSONResponse(found.model_dump(), found.error.code)
 
 

@@ -186,6 +186,7 @@ def test_the_end_of_a_stop_string_is_not_in_the_text(server: Server) -> None:
         (TOKENS, tokens([10**9]), 400),
         (TOKENS, tokens([1] * (MAX_MODEL_LEN + 1)), 400),
         (TOKENS, tokens([1], temperature="hot"), 400),
+        (TOKENS, tokens([1], trace_decode_token_ids=[-1]), 400),  # vLLM calls this a failure of the engine
     ],
 )
 def test_mistakes_are_told_as_openai_tells_them(server: Server, path: str, body: Any, status: int) -> None:
