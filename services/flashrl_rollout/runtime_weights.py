@@ -20,6 +20,7 @@ from flashrl_wire.digest import PartDigest
 # CPU: too small for torch to split over threads, whose barriers cost more than the work; CUDA: bounds scratch memory
 _GROUP_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 22}
 _AHEAD_BYTES = {"cpu": 1 << 26, "cuda": 2 << 30}  # scratch memory of an update that waits to be written
+_LEFT_FREE = 4 << 30  # of a GPU's memory, for whoever shares it; half of what is free where that is more than it
 
 Refresh = Callable[[set[int]], None]
 """Brings derived copies up to date with the storages that were written, given by data pointer."""
@@ -59,7 +60,7 @@ class RuntimeWeights:
         return {name: part.digests() for name, part in self._parts.items()}
 
     def prepare(self, changes: Iterable[Change], max_bytes: int | None = None) -> Prepared:
-        """Make changes ready in scratch memory of `max_bytes`, and of half of what is free on a GPU; None: the default.
+        """Make changes ready in scratch memory of `max_bytes`, on a GPU of what may be taken there; None: the default.
 
         Nothing is written, so sampling may go on meanwhile.
 
@@ -78,7 +79,10 @@ class RuntimeWeights:
 
     def _room(self, max_bytes: int | None) -> int:
         wanted = _AHEAD_BYTES.get(self._device.type, 0) if max_bytes is None else max_bytes
-        return wanted if self._device.type != "cuda" else min(wanted, torch.cuda.mem_get_info(self._device)[0] // 2)
+        if self._device.type != "cuda":
+            return wanted
+        free = torch.cuda.mem_get_info(self._device)[0]
+        return min(wanted, max(free // 2, free - _LEFT_FREE))
 
     def _ready(self, group: list[Change]) -> ReadyGroup:
         return ReadyGroup.of(group, self._parts, self._device)
