@@ -193,7 +193,9 @@ def main() -> int:
             report = Fuzz(running, args).run()
         text = log.read_text(errors="replace")
         if running.exit_code != 0 or "Traceback" in text:
-            report.fail(f"the service ended with {running.exit_code}; its log's end: {text[-3000:]}")
+            trace = max(0, text.find("Traceback") - 500)
+            shown = text[trace : trace + 3000] if trace else text[-3000:]
+            report.fail(f"the service ended with {running.exit_code}; of its log: {shown}")
     print(json.dumps(facts(report), indent=1))
     if args.json:
         args.json.write_text(json.dumps(facts(report), indent=1) + "\n")
