@@ -28,6 +28,7 @@ from benchmarks.openapi_cases import DEPARTS, OpenApiCases, Sent
 from benchmarks.service_process import ServiceProcess, tiny_service
 
 LIMIT_S = 20.0
+_SHOWN = 2000  # characters of what was sent or logged
 SETTINGS = {
     "request_timeout_s": 1, "admit_timeout_s": 1, "drain_deadline_s": 1, "transfer_deadline_s": 2, "run_idle_s": 1,
     "max_waiting": 4096, "checkpoint_roots": "/no/checkpoints",
@@ -112,15 +113,15 @@ class Fuzz:
         if sent.seconds > self.report.slowest_s:
             self.report.slowest_s, self.report.slowest = round(sent.seconds, 2), sent.name[:200]
         if sent.seconds > LIMIT_S or not sent.status:
-            self.report.fail(f"no answer within {LIMIT_S:g} s: {sent.name[:2000]}")
+            self.report.fail(f"no answer within {LIMIT_S:g} s: {sent.name[:_SHOWN]}")
         elif sent.status >= 500 and not (sent.status == 503 and sent.headers.get("retry-after", "").isdigit()):
-            self.report.fail(f"{sent.status} {sent.content[:300]!r} for {sent.name[:2000]}")
+            self.report.fail(f"{sent.status} {sent.content[:300]!r} for {sent.name[:_SHOWN]}")
         elif b"Traceback (most" in sent.content or b'File "/' in sent.content:
-            self.report.fail(f"a stack trace for {sent.name[:2000]}: {sent.content[:500]!r}")
+            self.report.fail(f"a stack trace for {sent.name[:_SHOWN]}: {sent.content[:500]!r}")
         elif DEPARTS in sent.name:
             self.report.fail(sent.name[-800:])
         elif sent.status >= 400 and sent.method != "HEAD" and not _is_error(sent.content):
-            self.report.fail(f"{sent.status} with no error in {sent.content[:300]!r} for {sent.name[:2000]}")
+            self.report.fail(f"{sent.status} with no error in {sent.content[:300]!r} for {sent.name[:_SHOWN]}")
 
     def _state(self) -> dict[str, Any]:
         """A greedy sample and the weights."""
@@ -193,8 +194,8 @@ def main() -> int:
             report = Fuzz(running, args).run()
         text = log.read_text(errors="replace")
         if running.exit_code != 0 or "Traceback" in text:
-            trace = max(0, text.find("Traceback") - 500)
-            shown = text[trace : trace + 3000] if trace else text[-3000:]
+            at = text.find("Traceback")
+            shown = text[-_SHOWN:] if at < 0 else text[max(0, at - 500) : at + _SHOWN]
             report.fail(f"the service ended with {running.exit_code}; of its log: {shown}")
     print(json.dumps(facts(report), indent=1))
     if args.json:

@@ -5,18 +5,23 @@ Knows names, element counts and kinds of device; knows nothing of vLLM's layers 
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 ADDITIONAL_CONFIG = "flashrl"
 """Where a selection lies in vLLM's `--additional-config`: `{"flashrl": {"keep_bf16": ["*.down_proj"]}}`."""
 
-AUTO_ELEMENTS = {"cpu": (0, 0), "cuda": (8_000_000, 24_000_000)}
-"""`auto`: N * K from which 8 bits pay, as measured (docs/quantization.md): of layers with N >= K, and of others.
 
-A product with few outputs and long sums occupies less of a GPU in 8 bits, where it is one tile to a processor.
-"""
+class LeastElements(NamedTuple):
+    """N * K from which a layer is quantized: where N >= K, and where its outputs are fewer than its inputs."""
+
+    wide: int
+    narrow: int
+
+
+AUTO = {"cpu": LeastElements(0, 0), "cuda": LeastElements(8_000_000, 24_000_000)}
+"""From where 8 bits pay, as measured (docs/quantization.md); few outputs make few tiles to spread over a GPU."""
 
 QuantizeLayers = Literal["auto", "all"] | Annotated[int, Field(ge=0)]
 Packed = Mapping[str, Sequence[str]]
@@ -52,8 +57,8 @@ class LayerSelection(BaseModel):
 
     def _least_elements(self, shape: tuple[int, int], device: str) -> int:
         if self.quantize_layers == "auto":
-            wide, narrow = AUTO_ELEMENTS.get(device, AUTO_ELEMENTS["cuda"])
-            return wide if shape[0] >= shape[1] else narrow
+            least = AUTO.get(device, AUTO["cuda"])
+            return least.wide if shape[0] >= shape[1] else least.narrow
         return 0 if self.quantize_layers == "all" else self.quantize_layers
 
     def keeps(self, name: str, packed: Packed) -> bool:

@@ -57,20 +57,27 @@ def _arguments(model: str) -> Namespace:
 async def _misread(request: Request, error: Exception) -> JSONResponse:
     """400 where vLLM's reading of a request met a type that it had not reckoned with; 500 where that happened later."""
     frames = traceback.extract_tb(error.__traceback__)
-    is_request = any(place in frame.filename for frame in frames for place in _READING)
-    status = HTTPStatus.BAD_REQUEST if is_request else HTTPStatus.INTERNAL_SERVER_ERROR
-    kind = "invalid_field" if is_request else "InternalServerError"
-    found = create_error_response(f"a field has a wrong type: {error}" if is_request else str(error), kind, status)
-    return JSONResponse(found.model_dump(), found.error.code)
+    if any(place in frame.filename for frame in frames for place in _READING):
+        return _bad_request(f"a field has a wrong type: {error}")
+    return _failure(str(error))
 
 
 async def _not_generated(request: Request, error: EngineGenerateError) -> JSONResponse:
     """400 where vLLM could not hand a request to the engine, 500 where it failed there; vLLM gives no reason at all."""
     cause = error.__cause__ or error
-    is_request = any(frame.name == "add_request" for frame in traceback.extract_tb(cause.__traceback__))
-    status = HTTPStatus.BAD_REQUEST if is_request else HTTPStatus.INTERNAL_SERVER_ERROR
-    kind = "invalid_field" if is_request else "InternalServerError"
-    found = create_error_response(" ".join(f"generation failed: {cause}".split()), kind, status)
+    message = " ".join(f"generation failed: {cause}".split())
+    if any(frame.name == "add_request" for frame in traceback.extract_tb(cause.__traceback__)):
+        return _bad_request(message)
+    return _failure(message)
+
+
+def _bad_request(message: str) -> JSONResponse:
+    found = create_error_response(message, "invalid_field", HTTPStatus.BAD_REQUEST)
+    return JSONResponse(found.model_dump(), found.error.code)
+
+
+def _failure(message: str) -> JSONResponse:
+    found = create_error_response(message, "InternalServerError", HTTPStatus.INTERNAL_SERVER_ERROR)
     return JSONResponse(found.model_dump(), found.error.code)
 
 

@@ -100,7 +100,7 @@ class VllmEngine:
         except EngineError as error:
             raise ValueError(str(error)) from error
         self.info = replace(self.info, kv_cache_bytes=min(int(reply["kv_cache_bytes"]) for reply in replies))
-        await self._core(self._llm.engine_core.set_weight_version_async(str(self._version)))
+        await self._name_version(self._version)
         await warm_up(self)
 
     @property
@@ -207,8 +207,9 @@ class VllmEngine:
             raise EngineDeadError(f"{cause}; and the old weights could not be put back: {error}") from cause
 
     async def revert(self) -> None:
-        """Put the old values of the last write back."""
+        """Put the old values of the last write back, and the name of their version."""
         await self._workers("flashrl_revert")
+        await self._name_version(self._version)
 
     async def keep(self, version: int) -> None:
         """Drop the old values; tokens from now on belong to `version`; forget every cached key and value.
@@ -217,15 +218,16 @@ class VllmEngine:
         keys and values of the old weights.
         """
         core = self._llm.engine_core
-        forgetting = asyncio.ensure_future(self._core(core.reset_prefix_cache_async(reset_running_requests=True)))
-        naming = asyncio.ensure_future(self._core(core.set_weight_version_async(str(version))))
-        await asyncio.wait((forgetting, naming))  # both on their way at once: nothing samples, and a pause is short
-        naming.result()
-        if not forgetting.result():
-            await self._core(core.set_weight_version_async(str(self._version)))
+        forgetting = self._core(core.reset_prefix_cache_async(reset_running_requests=True))
+        is_forgotten, _ = await asyncio.gather(forgetting, self._name_version(version))  # at once: sampling waits
+        if not is_forgotten:
             raise EngineError("vLLM did not forget the keys and values of the old weights")
         await self._workers("flashrl_keep")
         self._version = version
+
+    async def _name_version(self, version: int) -> None:
+        """What vLLM says that tokens from now on belong to."""
+        await self._core(self._llm.engine_core.set_weight_version_async(str(version)))
 
     async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp:
         """vLLM's own HTTP routes for this engine, in a FastAPI app that `empty_app` makes."""

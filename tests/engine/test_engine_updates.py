@@ -99,12 +99,20 @@ def test_what_was_prepared_for_other_weights_is_made_anew(
     loop.run(prepared_too_early())
 
 
+@pytest.mark.parametrize("raises", [False, True])
 def test_a_cache_that_is_not_forgotten_leaves_version_and_weights(
-    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int8_engine: Engine,
+    loop: LoopThread,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raises: bool,
 ) -> None:
     core: Any = int8_engine._llm.engine_core  # type: ignore[attr-defined]
 
     async def refused(**_: bool) -> bool:
+        if raises:
+            raise RuntimeError("did not forget")
         return False
 
     async def kept_in_vain() -> None:
