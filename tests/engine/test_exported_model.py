@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = ROOT / "examples" / "tiny_arith" / "model"
 TOKENS = 12
-BF16_NATS = 0.05  # two ways of computing in bf16
+BF16_NATS = 0.0625  # between two roundings to bf16 of a logit from 8 to 16, of which the model has many
 
 
 @pytest.fixture
@@ -54,5 +54,6 @@ def test_vllm_and_transformers_load_an_export_as_one_model(tmp_path: Path, ranks
     moved = 0.0
     for prompt, (token_ids, logprobs) in zip(PROMPTS, output_of("fresh_greedy.py", arguments)["none"], strict=True):
         assert logprobs == pytest.approx(logprobs_of(model, prompt, token_ids), abs=BF16_NATS)
-        moved = max(moved, abs(logprobs_of(before, prompt, token_ids)[0] - logprobs[0]))
+        others = logprobs_of(before, prompt, token_ids)
+        moved = max(moved, *(abs(other - logprob) for other, logprob in zip(others, logprobs, strict=True)))
     assert moved > 2 * BF16_NATS, "the first model would have passed too"

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 MODEL = ROOT / "examples" / "tiny_arith" / "model"
 FLAGS = ["--quantization=int8", "--device=cpu", "--threads=1", "--max-model-len=256", "--enforce-eager"]
-STEPS, KILLED_AFTER, LIMIT_S = 24, 3, 900.0
+STEPS, KILLED_AFTER, LIMIT_S = 60, 3, 900.0  # on busy cores an engine takes as long as 24 steps to start
 
 
 class Pair:
