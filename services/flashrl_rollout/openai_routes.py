@@ -4,6 +4,7 @@ Knows vLLM's routers and what they expect of an app; knows nothing of admission,
 """
 
 import asyncio
+import logging
 import traceback
 from argparse import Namespace
 from http import HTTPStatus
@@ -15,13 +16,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.api_router import attach_router as attach_chat
+from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.openai.completion.api_router import attach_router as attach_completions
 from vllm.entrypoints.openai.models.api_router import attach_router as attach_models
+from vllm.entrypoints.scale_out.token_in_token_out import serving as token_serving
 from vllm.entrypoints.scale_out.token_in_token_out.api_router import attach_router as attach_tokens
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.exceptions import VLLMClientError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -45,6 +50,8 @@ async def add_standard_routes(app: Any, llm: AsyncLLM, model: str) -> None:
     app.exception_handler(EngineGenerateError)(_not_generated)
     for kind in (AttributeError, TypeError, LookupError):
         app.exception_handler(kind)(_misread)
+    for module in (chat_serving, completion_serving, token_serving):
+        module.logger.addFilter(_without_trace)
 
 
 def _arguments(model: str) -> Namespace:
@@ -79,6 +86,14 @@ def _bad_request(message: str) -> JSONResponse:
 def _failure(message: str) -> JSONResponse:
     found = create_error_response(message, "InternalServerError", HTTPStatus.INTERNAL_SERVER_ERROR)
     return JSONResponse(found.model_dump(), found.error.code)
+
+
+def _without_trace(record: logging.LogRecord) -> bool:
+    """A client's mistake is a line of the log and no stack trace, which vLLM makes of one that is found in a stream."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, VLLMClientError):
+        record.msg, record.args, record.exc_info = f"{record.getMessage()} {error}", (), None
+    return True
 
 
 async def _engine_is_dead(request: Request, error: EngineDeadError) -> JSONResponse:

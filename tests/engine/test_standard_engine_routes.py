@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -211,6 +212,23 @@ def test_what_vllm_stumbles_over_is_the_requests_mistake(chat_server: Server, wr
     reply = chat_server.ask(CHAT, body | wrong)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, 400), reply.text
     assert chat_server.ask(CHAT, body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(COMPLETIONS, {"prompt": [10**9], "max_tokens": 4}), (TOKENS, tokens([10**9]))]
+)
+def test_a_mistake_in_a_stream_is_a_line_of_the_log(
+    server: Server, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    logger = logging.getLogger("vllm")  # it does not pass its records on
+    logger.addHandler(caplog.handler)
+    try:
+        (event, *_) = server.events(path, body)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert event["error"]["code"] == 400, event
+    assert "Traceback" not in caplog.text
+    assert any("vocab" in record.getMessage() for record in caplog.records), caplog.text
 
 
 def test_what_vllm_does_not_know_it_ignores(server: Server, expected: list[list[int]]) -> None:
