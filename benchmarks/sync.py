@@ -3,13 +3,15 @@
     python -m benchmarks.sync --json sync.json                                          # tiny, 30M, 135M shapes
     python -m benchmarks.sync --models qwen2.5-0.5b --changed 0.1%:2% 100% --sequences 64       # on a GPU, as it is
     python -m benchmarks.sync --models 200m --kinds snapshot --curve --scripted   # bulk with and without
+    python -m benchmarks.sync --models qwen2.5-0.5b --stock "--quantization fp8_per_channel"   # vLLM's reload beside it
 
 For each model a service is started as a process of its own, and gets updates from the trainer's own publisher over
 loopback. `--changed` is the share of stored elements with other bits: of codes, and after a colon of everything else. A
-snapshot and a reload cost the same whatever has changed, and are made once. `make`: compare and encode, in the trainer,
-or write the checkpoint; `send`: begin to commit, or the reload; `pause`: sampling at rest, with no request and with
-`--sequences` running. Each number is the median of `--repeats`. Knows the publisher and the service's routes; knows
-nothing of what is learned.
+snapshot and a reload cost the same whatever has changed, and are made once. With `--stock`, vLLM's own server is
+started after the service and reads the same checkpoint again, while it cannot sample. `make`: compare and encode, in
+the trainer, or write the checkpoint; `send`: begin to commit, or the reload; `pause`: sampling at rest, with no request
+and with `--sequences` running. Each number is the median of `--repeats`. Knows the publisher and the service's routes;
+knows nothing of what is learned.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.stock_reload import StockServer
 from benchmarks.sync_arms import Arms, Cost, Service, changed_shares, write_model
 
 HEADER = (
@@ -98,6 +101,23 @@ def measure(service: Service, model: str, args: argparse.Namespace) -> list[Row]
     return rows
 
 
+def measure_stock(folder: Path, log: Path, args: argparse.Namespace) -> Row:
+    """vLLM's own reload, with its own flags."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with StockServer.started(folder, log, args.stock) as server:
+        server.reload()  # the first warms up
+        times = [server.reload() for _ in range(args.repeats)]
+    costs = [Cost("vLLM's reload", size, 0.0, seconds, 1e3 * seconds, 0) for seconds in times]
+    row = Row.of((folder.name, args.stock, False), size, costs, [])
+    print(row.line(), flush=True)
+    return row
+
+
+def _write(file: Path | None, rows: Sequence[Row]) -> None:
+    if file:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
 def main() -> int:
     """0 once everything is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +132,7 @@ def main() -> int:
     parser.add_argument("--curve", action="store_true", help="each service once without and once with encryption")
     parser.add_argument("--scripted", action="store_true", help="the engine that computes no model")
     parser.add_argument("--serve", default="", help="further flags of the service")
+    parser.add_argument("--stock", metavar="FLAGS", help="vLLM's own reload too, in its own server with these flags")
     parser.add_argument("--logs", type=Path, help="folder for the services' logs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -124,8 +145,10 @@ def main() -> int:
                 log = (args.logs or Path(temporary)) / f"{folder.name}-{curve}.log"
                 with Service.started(folder, log, args, curve=curve) as service:
                     rows += measure(service, folder.name, args)
-                if args.json:
-                    args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                _write(args.json, rows)
+            if args.stock is not None:
+                rows.append(measure_stock(folder, log.with_name(f"{folder.name}-stock.log"), args))
+                _write(args.json, rows)
     return 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from flashrl_rollout.ready_group import CopyKey, ReadyGroup, Shifts, groups
 from flashrl_rollout.runtime_map import RuntimePart
@@ -81,7 +82,10 @@ class RuntimeWeights:
         wanted = _AHEAD_BYTES.get(self._device.type, 0) if max_bytes is None else max_bytes
         if self._device.type != "cuda":
             return wanted
-        free = torch.cuda.mem_get_info(self._device)[0]
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        free = (
+            torch.cuda.mem_get_info(self._device)[0] + unused
+        )  # the last update's scratch is torch's, to be used again
         return min(wanted, max(free // 2, free - _LEFT_FREE))
 
     def _ready(self, group: list[Change]) -> ReadyGroup:
@@ -124,8 +128,7 @@ class RuntimeWeights:
     def _write(self, update: Prepared) -> Shifts:
         for group in update.ready:
             self._put(group, is_resident=True)
-        for group in update.ready:  # once all of it is written: reading back waits for the device
-            group.check()
+        _check(chain.from_iterable(group.lost() for group in update.ready))  # once all of it is written: it waits
         if update.shifts is not None:
             return update.shifts
         return _shifts(chain(update.ready, map(self._ready_and_put, update.rest)))
@@ -133,7 +136,7 @@ class RuntimeWeights:
     def _ready_and_put(self, changes: list[Change]) -> ReadyGroup:
         group = self._ready(changes)
         self._put(group, is_resident=False)
-        group.check()
+        _check(group.lost())
         return group
 
     def _put(self, group: ReadyGroup, *, is_resident: bool) -> None:
@@ -170,6 +173,13 @@ def _shifts(groups: Iterable[ReadyGroup]) -> Shifts:
         if totals.setdefault(part, {}).setdefault(key, shift) != shift:
             raise ValueError(f"two copies of {part} differ")
     return totals
+
+
+def _check(lost: Iterable[Tensor]) -> None:
+    """Wait for the device; ValueError where any is true."""
+    flags = list(lost)
+    if flags and bool(torch.stack(flags).any()):
+        raise ValueError("the engine's memory does not hold what was written")
 
 
 def _ascend(group: list[Change], reached: dict[str, int]) -> bool:

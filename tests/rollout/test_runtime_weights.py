@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashrl_rollout.place import InTensor
+from flashrl_rollout.place import AtIndices, InRun, Place
 from flashrl_rollout.runtime_map import Axis, Held, Region, RuntimePart, patterns_of
 from flashrl_rollout.runtime_weights import RuntimeWeights, TakeBackError
 from flashrl_rollout.undo import UndoLog
@@ -90,7 +90,8 @@ def test_a_prepared_update_is_written_as_any_other(group_elements: int, ahead_by
 def test_all_of_an_update_is_prepared_where_there_is_room() -> None:
     rig = Rig(group_elements=5)
     prepared = rig.weights.prepare(_changes())
-    assert sum(place.old.numel() for group in prepared.ready for place in group.places) == 2 + 6 + 6
+    assert sum(run.patterns.numel() for group in prepared.ready for run in group.runs) == 6
+    assert sum(place.patterns.numel() for group in prepared.ready for place in group.scattered) == 2 + 6
     assert list(prepared.rest) == []
 
 
@@ -115,22 +116,26 @@ def test_nothing_is_prepared_on_top_of_what_may_be_taken_back() -> None:
     assert all(before[part] + sum(shifts[part].values(), PartDigest()) == found for part, found in rig.total().items())
 
 
-def test_a_write_that_does_not_stick_is_found_and_undone() -> None:
+class _Losing(Tensor):
+    """Memory that loses writes."""
+
+    def __setitem__(self, *_: object) -> None:
+        pass
+
+    def scatter_(self, *_: object) -> Tensor:  # type: ignore[override]
+        return self
+
+
+@pytest.mark.parametrize("kind", ["runs", "scattered"])
+def test_a_write_that_does_not_stick_is_found_and_undone(kind: str) -> None:
     rig = Rig()
     before = rig.state()
     prepared = rig.weights.prepare(_changes())
-    place = prepared.ready[0].places[0]
-    assert isinstance(place, InTensor)
-    aside = replace(place, memory=place.memory.clone())  # written there, and not where it is read
-    lost = replace(prepared.ready[0], places=(_Lost(**vars(aside)), *prepared.ready[0].places[1:]))
+    first, *others = getattr(prepared.ready[0], kind)
+    lost = (replace(first, memory=first.memory.as_subclass(_Losing)), *others)
     with pytest.raises(ValueError, match="does not hold what was written"):
-        rig.weights.write(replace(prepared, ready=[lost]))
+        rig.weights.write(replace(prepared, ready=[replace(prepared.ready[0], **{kind: lost})]))
     assert all(torch.equal(new, old) for new, old in zip(rig.state(), before, strict=True))
-
-
-class _Lost(InTensor):
-    def write(self) -> None:
-        """As memory that has lost a write."""
 
 
 @pytest.mark.parametrize("group_elements", [1, 2, 5, 13, None])
@@ -229,12 +234,49 @@ def test_a_refresh_that_fails_twice_is_told_apart() -> None:
 def test_the_undo_log_works_beyond_its_room_on_the_device() -> None:
     memory = torch.arange(8, dtype=torch.int16)
     log = UndoLog(device_bytes=4)
-    for where in (slice(0, 2), torch.tensor([1, 5]), slice(4, 8)):
-        place = InTensor(memory, where, torch.full_like(memory[where], -1), memory[where].clone())
+    where = torch.tensor([1, 5])
+    places: list[Place] = [
+        InRun(memory, slice(0, 2), torch.full((2,), -1, dtype=torch.int16)),
+        AtIndices(memory, where, torch.full((2,), -1, dtype=torch.int16), memory[where]),
+        InRun(memory, slice(4, 8), torch.full((4,), -1, dtype=torch.int16)),
+    ]
+    for place in places:
         log.add(place)
         place.write()
-        assert place.on_host().patterns.untyped_storage().nbytes() == 0, "a view would keep all of it on the device"
     assert memory.tolist() == [-1, -1, 2, 3, -1, -1, -1, -1]
     log.take_back()
     assert memory.tolist() == list(range(8))
     assert len(log) == 0
+
+
+def test_on_the_host_nothing_is_kept_on_the_device() -> None:
+    memory = torch.arange(8, dtype=torch.int16)
+    run = InRun(memory, slice(0, 2), torch.full((2,), -1, dtype=torch.int16)).on_host()
+    few = AtIndices(memory, torch.tensor([1]), torch.full((1,), -1, dtype=torch.int16), memory[[1]]).on_host()
+    for place in (run, few):
+        assert place.patterns.untyped_storage().nbytes() == 0, "a view would keep all of it on the device"
+
+
+def test_a_run_that_was_not_written_takes_nothing_back() -> None:
+    memory = torch.arange(4, dtype=torch.int16)
+    InRun(memory, slice(0, 2), torch.full((2,), -1, dtype=torch.int16)).take_back()
+    assert memory.tolist() == [0, 1, 2, 3]
+
+
+def test_an_update_of_everything_needs_room_for_its_new_values_only() -> None:
+    rig = Rig()
+    prepared = rig.weights.prepare([snapshot("b", torch.full((6,), 5.0, dtype=torch.bfloat16))])
+    assert sum(group.nbytes for group in prepared.ready) == 6 * 2
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 1 << 20])
+def test_two_copies_of_a_part_take_the_same_change_and_take_it_back(ahead_bytes: int) -> None:
+    """They share their new values, in whose memory the old ones are kept."""
+    memory = [torch.arange(6, dtype=torch.float32).to(torch.bfloat16) for _ in range(2)]
+    region = Region.of(0, 0, iter([Axis(6, 1, 1)]))
+    held = tuple(Held(region, patterns_of(tensor)) for tensor in memory)
+    weights = RuntimeWeights({"a": RuntimePart(PartSpec("a", "bf16", (6,)), held)}, lambda touched: None)
+    weights.write(weights.prepare([snapshot("a", torch.full((6,), 5.0, dtype=torch.bfloat16))], ahead_bytes))
+    assert all((tensor == 5).all() for tensor in memory)
+    weights.revert()
+    assert all(tensor.tolist() == [0, 1, 2, 3, 4, 5] for tensor in memory)
