@@ -28,7 +28,10 @@ def turns() -> list[Turn]:
 
 
 def facts() -> dict[ArmName, ArmFacts]:
-    return {arm: ArmFacts(2**30 if arm.side == "service" else None, 50.0) for arm in SECONDS}
+    return {
+        arm: ArmFacts(2**30 if arm.side == "service" else None, 98304 if arm == SERVICE_INT8 else None, 50.0)
+        for arm in SECONDS
+    }
 
 
 def test_ratios_are_medians_of_the_ratios_within_a_round() -> None:
@@ -46,6 +49,7 @@ def test_an_arm_has_medians_and_the_range_of_its_speed() -> None:
     arm = numbers(turns(), facts())["arms"]["service/none"]
     assert (arm["tokens_per_s"], arm["tokens_per_s_min"], arm["tokens_per_s_max"]) == (100, 80, 120)
     assert (arm["seconds"], arm["front_cpu_s"], arm["weight_bytes"], arm["start_s"]) == (12, 1.2, 2**30, 50)
+    assert arm["cache_tokens"] is None
 
 
 def test_raw_rounds_are_all_there() -> None:
@@ -67,11 +71,12 @@ def test_what_was_not_measured_has_no_ratio() -> None:
 
 def test_the_table_has_a_row_an_arm() -> None:
     out = StringIO()
-    Console(file=out, width=120).print(table(numbers(turns(), facts()), "tiny"))
+    Console(file=out, width=130).print(table(numbers(turns(), facts()), "tiny"))
     rows = {line.split()[1]: line for line in out.getvalue().splitlines() if "/none" in line or "/int8" in line}
     assert list(rows) == [str(arm) for arm in SECONDS]
     assert "1.00 GiB" in rows["service/int8"]
     assert "1.500x" in rows["service/int8"]
+    assert "98,304 tok" in rows["service/int8"]
     assert "80 - 120" in rows["service/none"]
     assert "0.833x" in rows["service/none"]
     assert "GiB" not in rows["engine/int8"]

@@ -57,6 +57,9 @@ class ScriptedArm:
     def weight_bytes(self) -> int | None:
         return 7
 
+    def cache_tokens(self) -> int | None:
+        return 640
+
     def failed(self, why: str) -> ArmFailedError:
         return ArmFailedError(f"{self._name} {why}")
 
@@ -98,7 +101,7 @@ def test_all_arms_are_loaded_first_then_take_turns_in_rotated_order() -> None:
     ]  # fmt: skip
     assert turns == seen.turns
     assert turns[0].tokens_per_s == 6 * 8 / 2.0
-    assert facts[INT8] == ArmFacts(7, facts[INT8].start_s)
+    assert facts[INT8] == ArmFacts(7, 640, facts[INT8].start_s)
 
 
 def test_arms_that_share_a_profiled_gpu_start_one_after_the_other() -> None:
@@ -142,6 +145,7 @@ def test_the_service_arm_asks_a_whole_service(tmp_path: Path) -> None:
         assert answer.seconds > 0
         # two matrices of codes with scales and a norm: 64 x 32, 128 x 16, 64
         assert arm.weight_bytes() == 64 * 32 + 64 * 4 + 128 * 16 + 128 * 4 + 64 * 2
+        assert arm.cache_tokens() is None
         with pytest.raises(ArmFailedError, match=r"service/int8 refused a request: .*outside the vocabulary"):
             arm.ask(make_workload(settings(), 100_000, 1))
     finally:
@@ -152,6 +156,7 @@ ENGINE = """
 import json, sys
 print(json.dumps({"ready": True}), flush=True)
 print("Model loading took 1.5 GiB memory and 2 seconds", file=sys.stderr, flush=True)
+print("GPU KV cache size: 12,345 tokens, ", file=sys.stderr, flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     if asked["seed"] is None:
@@ -167,6 +172,7 @@ def test_the_engine_arm_speaks_lines_and_shows_the_log_of_an_engine_that_dies(tm
         assert arm.ask(WORKLOADS[0]).lengths == [[8, 8]] * 3
         assert arm.ask(WORKLOADS[0]).seconds == 3.0
         assert arm.weight_bytes() == 3 << 29
+        assert arm.cache_tokens() == 12345
         with pytest.raises(
             ArmFailedError, match=r"engine/none ended with exit code 1; the end of its log:\n(.*\n)*no s"
         ):

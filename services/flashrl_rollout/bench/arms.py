@@ -64,6 +64,9 @@ class Arm(Protocol):
     def weight_bytes(self) -> int | None:
         """Memory of the weights; None where it does not say."""
 
+    def cache_tokens(self) -> int | None:
+        """Tokens whose keys and values fit at a time; None where it does not say."""
+
     def failed(self, why: str) -> ArmFailedError:
         """The error to raise for an arm that is waited for in vain, with what it said last."""
 

@@ -21,7 +21,7 @@ from flashrl_rollout.bench.settings import BenchSettings, Lengths, read_settings
 from flashrl_rollout.bench.shape_names import SHAPES
 
 _FAILED, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
-_COLUMNS = 110  # of the table where there is no terminal
+_COLUMNS = 124  # of the table where there is no terminal
 _DEFAULTS: dict[str, Any] = {name: field.default for name, field in BenchSettings.model_fields.items()}
 
 

@@ -18,6 +18,7 @@ from flashrl_rollout.bench.workload import Workload
 
 _PROGRAM = "flashrl_rollout.bench.engine"
 _LOADED = re.compile(r"Model loading took ([\d.]+) GiB")
+_CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 
 class EngineArm:
@@ -56,6 +57,10 @@ class EngineArm:
     def weight_bytes(self) -> int | None:
         found = _LOADED.search(self._started().log())  # on the CPU vLLM does not say
         return round(float(found.group(1)) * (1 << 30)) if found else None
+
+    def cache_tokens(self) -> int | None:
+        found = _CACHE.search(self._started().log())
+        return int(found.group(1).replace(",", "")) if found else None
 
     def failed(self, why: str) -> ArmFailedError:
         return self._started().failed(why)

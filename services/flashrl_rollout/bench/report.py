@@ -42,9 +42,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class ArmFacts:
-    """What one arm needed: memory of its weights, where known, and the time to load."""
+    """What one arm needed: memory of its weights, tokens that its cache holds, where known, and the time to load."""
 
     weight_bytes: int | None
+    cache_tokens: int | None
     start_s: float
 
 
@@ -59,6 +60,7 @@ def arm_numbers(turns: Sequence[Turn], arm: ArmName, facts: ArmFacts) -> dict[st
         "seconds": statistics.median(turn.seconds for turn in own),
         "front_cpu_s": statistics.median(turn.front_cpu_s for turn in own),
         "weight_bytes": facts.weight_bytes,
+        "cache_tokens": facts.cache_tokens,
         "start_s": facts.start_s,
     }
 
@@ -105,7 +107,7 @@ def table(found: Mapping[str, Any], title: str) -> Table:
     """What `numbers` found, a row an arm."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("arm")
-    for heading in ("tokens/s", "min - max", "last token", "front CPU", "weights", "over none", "over engine"):
+    for heading in ("tokens/s", "min - max", "last token", "front CPU", "weights", "cache", "over none", "over engine"):
         shown.add_column(heading, justify="right")
     for arm, values in found["arms"].items():
         side, _, quantization = arm.partition("/")
@@ -117,6 +119,7 @@ def table(found: Mapping[str, Any], title: str) -> Table:
             f"{values['seconds']:.2f} s",
             f"{values['front_cpu_s']:.2f} s",
             _memory(values["weight_bytes"]),
+            _tokens(values["cache_tokens"]),
             _times(between[f"{side}_over_none"]),
             _times(between["service_over_engine"]) if side == "service" else "",
         )
@@ -127,6 +130,10 @@ def _memory(num_bytes: int | None) -> str:
     if num_bytes is None:
         return ""
     return f"{num_bytes / (1 << 20):.1f} MiB" if num_bytes < 1 << 28 else f"{num_bytes / (1 << 30):.2f} GiB"
+
+
+def _tokens(count: int | None) -> str:
+    return "" if count is None else f"{count:,} tok"
 
 
 def _times(value: float | None) -> str:

@@ -53,9 +53,13 @@ def run(
                 if index:
                     turns.append(turn)
                     show.turn(turn)
-        return turns, {arm.name: ArmFacts(arm.weight_bytes(), start_s[arm.name]) for arm in arms}
+        return turns, {arm.name: _facts(arm, start_s[arm.name]) for arm in arms}
     finally:
         stop_all(arms)
+
+
+def _facts(arm: Arm, start_s: float) -> ArmFacts:
+    return ArmFacts(arm.weight_bytes(), arm.cache_tokens(), start_s)
 
 
 def rotated(arms: Sequence[Arm], index: int) -> list[Arm]:

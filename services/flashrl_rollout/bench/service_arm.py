@@ -70,8 +70,15 @@ class ServiceArm:
         return Answer(seconds, lengths, child.cpu_s() - before)
 
     def weight_bytes(self) -> int | None:
-        reply = httpx.get(f"{self._url}/weights", timeout=_CONTROL_TIMEOUT_S, trust_env=False)
-        return int(reply.raise_for_status().json()["storage_bytes"])
+        return int(self._get("/weights")["storage_bytes"])
+
+    def cache_tokens(self) -> int | None:
+        return int(self._get("/status")["load"]["kv_cache_tokens"]) or None
+
+    def _get(self, path: str) -> dict[str, Any]:
+        reply = httpx.get(self._url + path, timeout=_CONTROL_TIMEOUT_S, trust_env=False).raise_for_status()
+        body: dict[str, Any] = reply.json()
+        return body
 
     def failed(self, why: str) -> ArmFailedError:
         return self._started().failed(why)
