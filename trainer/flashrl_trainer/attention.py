@@ -52,7 +52,8 @@ def packed_attention(
         raise ValueError(f"model: attention with {', '.join(present) or 'dropout'} is not supported in training")
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     documents = Documents(cu_seq_lens_q, max_length_q, document_rows, document_kept)
-    attend = _on_cuda if query.device.type == "cuda" else _by_length
+    # the kernel for documents of any length takes 16 bits only
+    attend = _on_cuda if query.is_cuda and query.dtype != torch.float32 else _by_length
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if len(document_rows) > query.shape[2]:
         # rows of a shared beginning are copied to each document, and their gradients added up again
