@@ -70,9 +70,9 @@ class EngineDeadError(EngineError):
 class Engine(Protocol):
     """An engine whose weights can be replaced in place. All calls come from one event loop.
 
-    Update protocol: `prepare`, or not; then, while paused, `apply` or `load_checkpoint` once, and `keep` or `revert`
-    once. Both writes report what the written elements added to each part's digest, *as read back from what the engine
-    computes with*.
+    Update protocol: `prepare`, or not; then, while paused, `apply` or `load_checkpoint` once, and `adopt` before, after
+    or beside it; then `revert`, or `keep`, for which nothing need be paused, before the next write. Both writes report
+    what the written elements added to each part's digest, *as read back from what the engine computes with*.
     """
 
     @property
@@ -115,11 +115,14 @@ class Engine(Protocol):
     async def load_checkpoint(self, path: Path) -> dict[str, PartDigest]:
         """Quantize a Hugging Face folder and write it in place, keep the old values aside."""
 
-    async def revert(self) -> None:
-        """Put the old values of the last write back."""
+    async def adopt(self, version: int) -> None:
+        """Tokens from now on belong to `version`; forget every cached key and value. EngineError: done or not."""
 
-    async def keep(self, version: int) -> None:
-        """Drop the old values; tokens from now on belong to `version`; forget every cached key and value."""
+    async def revert(self) -> None:
+        """Put the old values of the last write back, and the version before; harmless where there is nothing to."""
+
+    async def keep(self) -> None:
+        """Drop the old values. EngineDeadError where that fails: nobody could tell what a later `revert` would do."""
 
     async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp | None:
         """vLLM's own HTTP routes for this engine, in a FastAPI app that `empty_app` makes; None where it has none."""

@@ -38,7 +38,6 @@ class EngineGroup:
         self._engines, self._layout = tuple(engines), layout
         self._sequences = [0] * len(engines)
         self._is_lost = False
-        self._is_half_kept = False  # the last `keep` was carried out by some only: there is no way back
         self._is_uneven = False  # the engines may hold different weights, until all have kept the same ones
 
     @classmethod
@@ -138,7 +137,6 @@ class EngineGroup:
         return await self._write(lambda engine: engine.load_checkpoint(path))
 
     async def _write(self, call: Callable[[Engine], Awaitable[Digests]]) -> Digests:
-        self._is_half_kept = False
         outcomes = await self._outcomes(call)
         try:
             _raise_worst(outcomes)
@@ -164,20 +162,19 @@ class EngineGroup:
             self._is_lost = True
             raise EngineDeadError(f"{cause}; and the old weights could not be put back: {error}") from cause
 
-    async def revert(self) -> None:
-        """Put the old values back on all; EngineError where that is no longer possible."""
-        outcomes = await self._outcomes(lambda engine: engine.revert())
-        self._is_uneven |= self._is_half_kept or any(isinstance(outcome, BaseException) for outcome in outcomes)
-        _raise_worst(outcomes)
-        if self._is_half_kept:
-            raise EngineError("one engine had dropped the old values before another failed to")
+    async def adopt(self, version: int) -> None:
+        """Tokens of all from now on belong to `version`; EngineError: those of some may."""
+        await self._all(lambda engine: engine.adopt(version))
 
-    async def keep(self, version: int) -> None:
-        """Drop the old values on all; where only some did, `revert` fails and nothing but a snapshot helps."""
-        outcomes = await self._outcomes(lambda engine: engine.keep(version))
-        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        self._is_half_kept = 0 < len(failed) < len(outcomes)
+    async def revert(self) -> None:
+        """Put the old values and the version before back on all; EngineError: on some it may be otherwise."""
+        outcomes = await self._outcomes(lambda engine: engine.revert())
+        self._is_uneven |= any(isinstance(outcome, BaseException) for outcome in outcomes)
         _raise_worst(outcomes)
+
+    async def keep(self) -> None:
+        """Drop the old values on all."""
+        await self._all(lambda engine: engine.keep())
         self._is_uneven = False
 
     async def stats(self) -> EngineStats:

@@ -60,6 +60,7 @@ class Faults:
     fail_apply: bool = False
     corrupt_write: bool = False  # a written element reads back otherwise
     corrupt_untouched: bool = False  # an element that no update wrote: only an audit sees it
+    fail_adopt: bool = False
     fail_keep: bool = False
     fail_revert: bool = False
     die_after_requests: int | None = None
@@ -85,7 +86,7 @@ class ScriptedEngine:
         self.cancelled_requests = 0
         self._layout, self._info, self._token_s = layout, info, token_s
         self._tokenizer, self._end_token = tokenizer or ByteTokenizer(), end_token
-        self._version = 0
+        self._version = self._kept_version = 0
         self._digest = stored_state.combined(layout, stored_state.digests(parts))
         self._old: list[Change] = []
         self._is_alive = True
@@ -232,7 +233,18 @@ class ScriptedEngine:
             shifts[change.part] = shifts.get(change.part, PartDigest()) + (found.digest() - old.digest())
         if self.faults.corrupt_untouched:
             bits(next(iter(self.parts.values())))[-1] ^= 1
+        self._digest = self._combined()
         return shifts
+
+    def _combined(self) -> str:
+        return stored_state.combined(self._layout, stored_state.digests(self.parts))
+
+    async def adopt(self, version: int) -> None:
+        """Tokens from now on belong to `version`."""
+        self._check_alive()
+        if self.faults.fail_adopt:
+            raise EngineError("adopt was told to fail")
+        self._version = version
 
     async def revert(self) -> None:
         """Put the old values back, the last written first."""
@@ -242,15 +254,16 @@ class ScriptedEngine:
         for old in reversed(self._old):
             delta.write(old, self.parts[old.part].view(-1))
         self._old.clear()
+        self._version, self._digest = self._kept_version, self._combined()
 
-    async def keep(self, version: int) -> None:
+    async def keep(self) -> None:
         """Drop the old values."""
         self._check_alive()
         if self.faults.fail_keep:
-            raise EngineError("keep was told to fail")
+            self._is_alive = False
+            raise EngineDeadError("keep was told to fail")
         self._old.clear()
-        self._version = version
-        self._digest = stored_state.combined(self._layout, stored_state.digests(self.parts))
+        self._kept_version = self._version
 
     async def standard_app(self, empty_app: Callable[[], Any]) -> ASGIApp | None:
         """It has no routes of its own."""

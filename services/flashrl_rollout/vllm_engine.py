@@ -55,7 +55,7 @@ class VllmEngine:
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
         self._is_lost = self._is_paused = False
-        self._version = 0
+        self._version = self._adopted = 0
         self._prepared: tuple[str, dict[str, PartDigest]] | None = None  # path, and what the workers said of it
         self._stall_watch = StallWatch(max(settings.request_timeout_s, _SHORTEST_STALL_S))
         config = llm.model_config
@@ -206,24 +206,32 @@ class VllmEngine:
             self._is_lost = True
             raise EngineDeadError(f"{cause}; and the old weights could not be put back: {error}") from cause
 
-    async def revert(self) -> None:
-        """Put the old values of the last write back, and the name of their version."""
-        await self._workers("flashrl_revert")
-        await self._name_version(self._version)
-
-    async def keep(self, version: int) -> None:
-        """Drop the old values; tokens from now on belong to `version`; forget every cached key and value.
+    async def adopt(self, version: int) -> None:
+        """Tokens from now on belong to `version`; forget every cached key and value.
 
         Running sequences are recomputed: without that they, and prompts that share their prefix, would go on with
         keys and values of the old weights.
         """
+        self._adopted = version
         core = self._llm.engine_core
         forgetting = self._core(core.reset_prefix_cache_async(reset_running_requests=True))
         is_forgotten, _ = await asyncio.gather(forgetting, self._name_version(version))  # at once: sampling waits
         if not is_forgotten:
             raise EngineError("vLLM did not forget the keys and values of the old weights")
-        await self._workers("flashrl_keep")
-        self._version = version
+
+    async def revert(self) -> None:
+        """Put the old values of the last write back, and the name of their version."""
+        await self._workers("flashrl_revert")
+        await self._name_version(self._version)
+
+    async def keep(self) -> None:
+        """Drop the old values."""
+        try:
+            await self._workers("flashrl_keep")
+        except EngineError as error:
+            self._is_lost = True
+            raise EngineDeadError(f"the old values could not be dropped: {error}") from error
+        self._version = self._adopted
 
     async def _name_version(self, version: int) -> None:
         """What vLLM says that tokens from now on belong to."""

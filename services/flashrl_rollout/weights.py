@@ -53,6 +53,7 @@ class Weights:
         self._digests = dict(digests)
         self._lock = asyncio.Lock()
         self._is_paused = False
+        self._is_kept = True  # no old values are held any more
 
     @classmethod
     async def of(cls, engine: Engine, gate: VersionGate, settings: WriteSettings) -> "Weights":
@@ -83,29 +84,42 @@ class Weights:
         """Write while sampling stands still, and keep the result only with the expected digest; the pause in ms.
 
         The pause is the time for which no request is admitted; sampling ends with the step that is under way.
-        `prepare` comes before it, and nothing but its length depends on that.
+        `prepare` comes before it, and nothing but its length depends on that; old values are dropped after it.
 
         DrainTimeoutError, DigestMismatchError and EngineFailedError: the old weights are in place. NotReadyError:
         they could not be put back, and the service is poisoned until a snapshot has been committed.
         """
         async with self._lock:
-            if prepare is not None:
-                await self._prepare(prepare)
-            laps = Laps()
-            self._gate.close("commit")
-            was_poisoned = self.poisoned
             try:
-                async with self._at_rest(self._settings.mode):
-                    laps.end("stop")
-                    await self._replace(write, version, expected_digest, laps)
-                laps.end("go_on")
-                logger.debug("pause in ms: %s", laps)
-                return laps.total_ms()
+                await self._settle()
+                if prepare is not None:
+                    await self._prepare(prepare)
+                pause_ms = await self._replace_at_rest(write, version, expected_digest)
+                await self._settle()
             except (EngineError, TimeoutError) as error:
                 raise poisoned_error() if self.poisoned else wire_error(error) from error
-            finally:
-                self._fence(was_poisoned)
-                self._gate.open("commit")
+            return pause_ms
+
+    async def _settle(self) -> None:
+        """Drop the old values of the last update, if they are still held: the next write would put them back."""
+        if not self._is_kept:
+            await self._limited(self._engine.keep())
+            self._is_kept = True
+
+    async def _replace_at_rest(self, write: Write, version: int, expected_digest: str | None) -> float:
+        laps = Laps()
+        self._gate.close("commit")
+        was_poisoned = self.poisoned
+        try:
+            async with self._at_rest(self._settings.mode):
+                laps.end("stop")
+                await self._replace(write, version, expected_digest, laps)
+            laps.end("go_on")
+            logger.debug("pause in ms: %s", laps)
+            return laps.total_ms()
+        finally:
+            self._fence(was_poisoned)
+            self._gate.open("commit")
 
     async def _prepare(self, prepare: Prepare) -> None:
         try:
@@ -138,27 +152,31 @@ class Weights:
         was_poisoned, is_doubtful = self.poisoned, True  # until the write is known to be whole or undone
         try:
             try:
-                shifts = await self._limited(write())
-            except EngineDeadError:
-                raise  # what is left of it must not sample: nobody knows from which weights
-            except EngineError:
-                is_doubtful = was_poisoned
-                raise
-            laps.end("write")
-            try:
+                shifts = await self._written(write, version)
+                laps.end("write")
                 digests = await self._engine.digests() if was_poisoned else self._shifted(shifts)
                 found = self._combine(digests)
                 if expected_digest is not None and found != expected_digest:
                     raise DigestMismatchError(f"written weights have digest {found}, declared was {expected_digest}")
-                await self._limited(self._engine.keep(version))
-                laps.end("keep")
+            except EngineDeadError:
+                raise  # what is left of it must not sample: nobody knows from which weights
             except (EngineError, DigestMismatchError):
                 await self._limited(self._engine.revert())
                 is_doubtful = was_poisoned
                 raise
-            self._digests, self._gate.version, is_doubtful = digests, version, False
+            self._digests, self._gate.version, self._is_kept, is_doubtful = digests, version, False, False
         finally:  # not before: who asks meanwhile is told of the last version, not of a doubt
             self.poisoned = is_doubtful
+
+    async def _written(self, write: Write, version: int) -> dict[str, PartDigest]:
+        """Write, and have the engine adopt the version at the same time, since sampling waits for both."""
+        calls = self._limited(write()), self._limited(self._engine.adopt(version))
+        written, adopted = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [outcome for outcome in (written, adopted) if isinstance(outcome, BaseException)]
+        if errors:
+            raise min(errors, key=_can_be_undone)
+        assert not isinstance(written, BaseException)
+        return written
 
     def _shifted(self, shifts: Mapping[str, PartDigest]) -> dict[str, PartDigest]:
         return self._digests | {name: self._digests[name] + shift for name, shift in shifts.items()}
@@ -210,6 +228,10 @@ class Weights:
             return str(error)
         differing = sorted(name for name in self.parts if found.get(name) != self._digests[name])
         return f"{len(differing)} parts differ from what was committed, first {differing[0]}" if differing else ""
+
+
+def _can_be_undone(error: BaseException) -> bool:
+    return isinstance(error, EngineError) and not isinstance(error, EngineDeadError)
 
 
 def poisoned_error() -> NotReadyError:

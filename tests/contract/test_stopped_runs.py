@@ -17,18 +17,18 @@ SLOW_S = 0.03  # a token; two samples of 8 tokens one after the other: sampling 
 class DamagedOnce(ScriptedEngine):
     """Its fault is over with the first commit."""
 
-    async def keep(self, version: int) -> None:
+    async def keep(self) -> None:
         """As ever, and then without faults."""
-        await super().keep(version)
+        await super().keep()
         self.faults = Faults()
 
 
 class DamagedBehindEveryCommit(ScriptedEngine):
     """Its memory cannot be trusted: an element changes once nobody looks."""
 
-    async def keep(self, version: int) -> None:
+    async def keep(self) -> None:
         """As ever, and then another bit."""
-        await super().keep(version)
+        await super().keep()
         bits(self.parts["model.norm.weight"])[-1] ^= 1
 
 

@@ -66,9 +66,9 @@ def test_a_delta_under_way_is_on_both_and_every_token_knows_its_version(
         update = delta(layout, old, new, tmp_path / f"{version}.staged")
         await group.prepare(update)
         await group.pause("keep", 30)
-        await group.apply(update)
-        await group.keep(version)
+        await asyncio.gather(group.apply(update), group.adopt(version))
         await group.resume()
+        await group.keep()
 
     async def under_way() -> list[EngineCompletion]:
         layout = await group.layout()

@@ -222,8 +222,9 @@ def test_every_token_belongs_to_the_weights_that_drew_it(
             await none_engine.generate("clock", PROMPTS[2], 1, LONG.model_copy(update={"max_tokens": 30}), 0)
             await none_engine.pause("keep", 30)
             await none_engine.apply(delta(layout, old, new, tmp_path / "staged"))
-            await none_engine.keep(40)
+            await none_engine.adopt(40)
             await none_engine.resume()
+            await none_engine.keep()
             return await task
 
     found = loop.run(update_under_way())

@@ -115,7 +115,7 @@ def test_a_cache_that_is_not_forgotten_leaves_version_and_weights(
             raise RuntimeError("did not forget")
         return False
 
-    async def kept_in_vain() -> None:
+    async def adopted_in_vain() -> None:
         layout = await int8_engine.layout()
         await load(int8_engine, checkpoints.first, 13)
         before = await greedy(int8_engine)
@@ -125,14 +125,14 @@ def test_a_cache_that_is_not_forgotten_leaves_version_and_weights(
         with monkeypatch.context() as patched:
             patched.setattr(core, "reset_prefix_cache_async", refused)
             with pytest.raises(EngineError, match="did not forget"):
-                await int8_engine.keep(14)
+                await int8_engine.adopt(14)
         await int8_engine.revert()
         await int8_engine.resume()
         assert await greedy(int8_engine) == before
         (completion,) = await int8_engine.generate("after", PROMPTS[0], 1, GREEDY, 0)
         assert {version for version, _, _ in completion.weight_versions} == {13}
 
-    loop.run(kept_in_vain())
+    loop.run(adopted_in_vain())
 
 
 def test_a_checkpoint_of_another_shape_changes_nothing(

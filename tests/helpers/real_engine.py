@@ -101,8 +101,9 @@ async def load(engine: Engine, folder: Path, version: int) -> dict[str, PartDige
     """Load a checkpoint as a commit does."""
     await engine.pause("keep", 30)
     shifts = await engine.load_checkpoint(folder)
-    await engine.keep(version)
+    await engine.adopt(version)
     await engine.resume()
+    await engine.keep()
     return shifts
 
 
@@ -124,9 +125,9 @@ async def walk(engine: Engine, folders: Sequence[Path], stage: Path) -> list[dic
         update = delta(layout, old, new, stage / f"{version}.staged")
         await engine.prepare(update)
         await engine.pause("keep", 30)
-        shifts = await engine.apply(update)
-        await engine.keep(version)
+        shifts, _ = await asyncio.gather(engine.apply(update), engine.adopt(version))
         await engine.resume()
+        await engine.keep()
         digests = {name: value + shifts[name] if name in shifts else value for name, value in digests.items()}
         agree = digests == await engine.digests() == stored_state.digests(new)
         report.append({"greedy": await greedy(engine), "digests_agree": agree})

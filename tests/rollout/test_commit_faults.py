@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.rig import Rig, running
 
 from flashrl_rollout import stored_state
-from flashrl_rollout.engine import EngineDeadError
+from flashrl_rollout.engine import EngineDeadError, EngineError
 from flashrl_wire.digest import PartDigest
 from flashrl_wire.frames import Staged
 
@@ -44,8 +44,59 @@ async def test_written_element_reads_back_otherwise(rig: Rig) -> None:
     await failing_commit(rig, "corrupt_write", 422, "digest_mismatch")
 
 
-async def test_keep_fails(rig: Rig) -> None:
-    await failing_commit(rig, "fail_keep", 500, "engine_failed")
+async def test_adopt_fails(rig: Rig) -> None:
+    await failing_commit(rig, "fail_adopt", 500, "engine_failed")
+
+
+async def test_a_write_that_fails_beside_an_adopted_version_takes_it_back(rig: Rig) -> None:
+    """The version's name goes out at the same time as the write, and so may be in place when the write fails."""
+    rig.engine.faults.apply_delay_s, rig.engine.faults.fail_apply = 0.01, True
+    assert (await rig.trainer.publish(rig.delta())).status_code == 500
+    body = {"prompts": ["hi"], "sampling": {"max_tokens": 4}}
+    (result,) = (await rig.http.post("/generate", json=body)).json()["results"]
+    assert result["completions"][0]["weight_versions"] == [[0, 0, 4]]
+
+
+async def test_old_values_are_dropped_once_requests_are_admitted(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, admitted = rig.engine.keep, []
+
+    async def watched() -> None:
+        rig.parts.gate.check()
+        admitted.append(await rig.sample(max_tokens=1))
+        await keep()
+
+    monkeypatch.setattr(rig.engine, "keep", watched)
+    assert (await asyncio.wait_for(rig.trainer.publish(rig.delta()), 10)).status_code == 200
+    assert len(admitted) == 1
+
+
+async def test_old_values_that_are_still_held_are_dropped_before_the_next_write(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that was written, and whose engine then did not go on, was not kept: the next one must not undo it."""
+    resume = rig.engine.resume
+
+    async def failing() -> None:
+        monkeypatch.setattr(rig.engine, "resume", resume)
+        raise EngineError("resume failed once")
+
+    monkeypatch.setattr(rig.engine, "resume", failing)
+    assert (await rig.trainer.publish(rig.delta())).status_code == 500
+    assert rig.version == 1
+    rig.engine.faults.fail_apply = True
+    weights = digests(rig)
+    assert (await rig.trainer.publish(rig.delta())).status_code == 500
+    assert digests(rig) == weights
+    rig.engine.faults.fail_apply = False
+    assert (await rig.trainer.publish(rig.delta())).status_code == 200
+    assert (rig.version, len(await rig.sample())) == (2, 8)
+
+
+async def test_old_values_that_cannot_be_dropped_end_the_engine(rig: Rig) -> None:
+    rig.engine.faults.fail_keep = True
+    reply = await rig.trainer.publish(rig.delta())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+    assert not rig.engine.is_alive
 
 
 async def test_wrong_digest_is_found_after_writing_and_undone(rig: Rig) -> None:

@@ -77,7 +77,8 @@ async def test_an_update_is_on_all_and_the_version_moves_on_all(update: StagedUp
     group = await EngineGroup.of(engines)
     before = await group.digests()
     shifts = await group.apply(update)
-    await group.keep(7)
+    await group.adopt(7)
+    await group.keep()
     after = await group.digests()
     assert {name: before[name] + shift for name, shift in shifts.items()} == {name: after[name] for name in shifts}
     found = await asyncio.gather(*(group.generate(f"r{i}", [1], 1, Sampling(max_tokens=4), 0) for i in range(2)))
@@ -97,7 +98,8 @@ async def test_a_write_that_fails_on_one_is_on_none(fault: str, failing: int, up
     assert (weights(engines), group.is_alive) == (before, True)
     setattr(engines[failing].faults, fault, False)
     await group.apply(update)
-    await group.keep(1)
+    await group.adopt(1)
+    await group.keep()
     assert weights(engines)[0] == weights(engines)[failing] != before[0]
 
 
@@ -119,28 +121,31 @@ async def test_a_write_that_cannot_be_taken_back_ends_the_group(update: StagedUp
     assert not group.is_alive
 
 
-async def test_what_only_one_has_kept_cannot_be_taken_back(update: StagedUpdate) -> None:
-    engines = scripted(2)
-    group = await EngineGroup.of(engines)
-    await group.apply(update)
-    engines[1].faults.fail_keep = True
-    with pytest.raises(EngineError, match="keep was told to fail"):
-        await group.keep(1)
-    with pytest.raises(EngineError, match="had dropped the old values"):
-        await group.revert()
-
-
-async def test_what_none_has_kept_is_taken_back(update: StagedUpdate) -> None:
+@pytest.mark.parametrize("failing", [(1,), (0, 1)])
+async def test_a_version_that_one_does_not_adopt_is_taken_back(failing: tuple[int, ...], update: StagedUpdate) -> None:
     engines = scripted(2)
     group = await EngineGroup.of(engines)
     before = await group.digests()
     await group.apply(update)
-    for engine in engines:
-        engine.faults.fail_keep = True
-    with pytest.raises(EngineError):
-        await group.keep(1)
+    for index in failing:
+        engines[index].faults.fail_adopt = True
+    with pytest.raises(EngineError, match="adopt was told to fail"):
+        await group.adopt(1)
     await group.revert()
     assert await group.digests() == before
+    found = await asyncio.gather(*(group.generate(f"r{i}", [1], 1, Sampling(max_tokens=4), 0) for i in range(2)))
+    assert [completion.weight_versions for (completion,) in found] == [[(0, 0, 4)]] * 2
+
+
+async def test_old_values_that_one_cannot_drop_end_the_group(update: StagedUpdate) -> None:
+    engines = scripted(2)
+    group = await EngineGroup.of(engines)
+    await group.apply(update)
+    await group.adopt(1)
+    engines[1].faults.fail_keep = True
+    with pytest.raises(EngineDeadError, match="keep was told to fail"):
+        await group.keep()
+    assert not group.is_alive
 
 
 async def test_weights_that_differ_are_found(update: StagedUpdate) -> None:

@@ -40,7 +40,8 @@ async def test_tokens_depend_on_seed_and_weights(tmp_path: Path) -> None:
     greedy = await tokens(first, temperature=0)
     assert greedy[0] == greedy[1]
     await first.apply(write_staged(tmp_path / "u", CHANGES))
-    await first.keep(1)
+    await first.adopt(1)
+    await first.keep()
     assert await tokens(first) != before
 
 
@@ -92,6 +93,6 @@ async def test_dead_engine_refuses_everything() -> None:
     found = engine()
     await found.close()
     assert not found.is_alive
-    for call in (found.digests(), found.resume(), found.keep(1), tokens(found)):
+    for call in (found.digests(), found.resume(), found.adopt(1), found.keep(), tokens(found)):
         with pytest.raises(EngineDeadError):
             await call
