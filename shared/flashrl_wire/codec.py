@@ -4,7 +4,10 @@ A raw stream is the concatenation of its segments (`messages.Segment`), cut into
 one, so that nothing larger than a block is ever decompressed at once. Knows nothing of sockets or engines.
 """
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +33,8 @@ PART_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 MAX_BLOCK_BYTES = 4 << 20
 _ESCAPE = 0xFFFF  # this gap stands in the wide array instead
 _GAP_BYTES, _WIDE_BYTES = 2, 8
+_MOST_THREADS = 8  # that compress
+_ALONE_BLOCKS = 8  # so few of them are not worth starting threads
 
 Bytes = NDArray[np.uint8]
 
@@ -49,7 +54,6 @@ def encode(changes: Iterable[Change], block_bytes: int = 2 << 20) -> Encoded:
     segments: list[Segment] = []
     chunks: list[Chunk] = []
     payloads: list[bytes] = []
-    compressor = zstandard.ZstdCompressor(level=1)
     changed = 0
     raw: list[Bytes] = []
     for change in changes:
@@ -59,11 +63,34 @@ def encode(changes: Iterable[Change], block_bytes: int = 2 << 20) -> Encoded:
         segments.append(segment)
         raw.extend(planes)
         changed += change.changed
-    for block in _blocks(raw, block_bytes):
-        payload = compressor.compress(block)
+    is_large = sum(array.nbytes for array in raw) > _ALONE_BLOCKS * block_bytes
+    for raw_bytes, payload in _compressed(_blocks(raw, block_bytes), _num_threads() if is_large else 1):
         payloads.append(payload)
-        chunks.append(Chunk(raw_bytes=len(block), wire_bytes=len(payload), hash=chunk_hash(payload)))
+        chunks.append(Chunk(raw_bytes=raw_bytes, wire_bytes=len(payload), hash=chunk_hash(payload)))
     return Encoded(segments, chunks, payloads, changed)
+
+
+def _compressed(blocks: Iterator[bytes], threads: int) -> Iterator[tuple[int, bytes]]:
+    """Length and frame of each block, in order; few blocks more than threads exist at a time."""
+    if threads == 1:
+        yield from map(_frame, blocks)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="flashrl-encode") as pool:
+        waiting: deque[Future[tuple[int, bytes]]] = deque()
+        for block in blocks:
+            waiting.append(pool.submit(_frame, block))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        for frame in waiting:
+            yield frame.result()
+
+
+def _frame(block: bytes) -> tuple[int, bytes]:
+    return len(block), zstandard.ZstdCompressor(level=1).compress(block)
+
+
+def _num_threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _encode_segment(change: Change) -> tuple[Segment, list[Bytes]]:

@@ -109,6 +109,16 @@ def test_shard_without_elements_leaves_no_trace() -> None:
     assert [same(found, there) for found in decoded(encoded)] == [True]
 
 
+def test_threads_change_neither_bytes_nor_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encoded(threads: int) -> codec.Encoded:
+        monkeypatch.setattr(codec, "_num_threads", lambda: threads)
+        return codec.encode([Change("int8", values_of("int8", NUMEL, seed)) for seed in range(3)], 5000)
+
+    alone = encoded(1)
+    assert len(alone.payloads) > 100
+    assert all(encoded(threads) == alone for threads in (2, 7))
+
+
 def test_sparse_changes_take_few_bytes() -> None:
     indices = torch.arange(0, NUMEL, 100)
     change = Change("int8", torch.ones(indices.numel(), dtype=torch.int8), indices)
