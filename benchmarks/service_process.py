@@ -1,6 +1,6 @@
-"""A rollout service as a process of a benchmark's own: started, awaited, asked, stopped.
+"""A rollout service, or vLLM's own server, as a process of a benchmark's own: started, awaited, asked, stopped.
 
-Knows the command line and three routes; knows nothing of what is measured.
+Knows the command lines and a few routes; knows nothing of what is measured.
 """
 
 import json
@@ -39,12 +39,12 @@ class ServiceProcess:
         """None while it runs."""
         return self._process.poll()
 
-    def wait_ready(self, log: Path) -> None:
-        """RuntimeError with its log's end if it does not get ready."""
+    def wait_ready(self, log: Path, path: str = "/ready") -> None:
+        """Until `path` answers with 200; RuntimeError with its log's end if it does not."""
         end = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < end and self.exit_code is None:
             try:
-                if self._http.get("/ready", timeout=5.0).status_code == 200:
+                if self._http.get(path, timeout=5.0).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -80,6 +80,12 @@ class ServiceProcess:
         replies = [self.generate(prompts=[prompt], sampling=sampling) for prompt in prompts]
         found = [reply["results"][0]["completions"][0] for reply in replies]
         return [(completion["token_ids"], completion["logprobs"]) for completion in found]
+
+    def reload(self) -> float:
+        """Have vLLM's own server read its checkpoint again; seconds, in which it cannot sample."""
+        started = time.monotonic()
+        self._json("POST", "/collective_rpc", json={"method": "reload_weights"})
+        return time.monotonic() - started
 
     def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         reply = self._http.request(method, path, **options)
@@ -120,6 +126,17 @@ def tiny_service(
             yield running
 
 
+@contextmanager
+def stock_server(model: str, log: Path, *flags: str) -> Iterator[ServiceProcess]:
+    """vLLM's own server, as a user would start it, in development mode, without which HTTP reaches no reload."""
+    port = free_port()
+    # the command `vllm serve` itself asks for a distribution named vllm, which that for the CPU is not
+    line = ["vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", str(port), *flags]
+    variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with _ending_on_sigterm(), _ready(_start_module(line, log, variables, port), log, "/health") as running:
+        yield running
+
+
 def start_scripted(log: Path, options: dict[str, Any], port: int, weights_port: int) -> ServiceProcess:
     """The same on ports of the caller's, who has to `kill` it; ready when this returns."""
     arguments = ["flashrl_rollout.scripted_service", json.dumps(options)]
@@ -136,17 +153,29 @@ def start_real(model: Path, log: Path, port: int, weights_port: int, *flags: str
 
 @contextmanager
 def _running(arguments: list[str], log: Path, settings: dict[str, object]) -> Iterator[ServiceProcess]:
-    with _ending_on_sigterm():
-        running = _start(arguments, log, {"port": free_port(), "weights_port": free_port()} | settings)
-        try:
-            running.wait_ready(log)
-            yield running
-        finally:
-            running.stop()
+    values = {"port": free_port(), "weights_port": free_port()} | settings
+    with _ending_on_sigterm(), _ready(_start(arguments, log, values), log, "/ready") as running:
+        yield running
+
+
+@contextmanager
+def _ready(running: ServiceProcess, log: Path, path: str) -> Iterator[ServiceProcess]:
+    """Ready once `path` answers, stopped when the block ends."""
+    try:
+        running.wait_ready(log, path)
+        yield running
+    finally:
+        running.stop()
 
 
 def _start(arguments: list[str], log: Path, values: dict[str, Any]) -> ServiceProcess:
     variables = {f"FLASHRL_ROLLOUT_{name.upper()}": str(value) for name, value in values.items()}
+    return _start_module(arguments, log, variables, values["port"], values["weights_port"])
+
+
+def _start_module(
+    arguments: list[str], log: Path, variables: dict[str, str], port: int, weights_port: int = 0
+) -> ServiceProcess:
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -155,7 +184,7 @@ def _start(arguments: list[str], log: Path, values: dict[str, Any]) -> ServicePr
             env=os.environ | variables,
             start_new_session=True,
         )
-    return ServiceProcess(f"http://127.0.0.1:{values['port']}", values["weights_port"], process)
+    return ServiceProcess(f"http://127.0.0.1:{port}", weights_port, process)
 
 
 @contextmanager

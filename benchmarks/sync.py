@@ -16,6 +16,7 @@ knows nothing of what is learned.
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -23,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.stock_reload import StockServer
-from benchmarks.sync_arms import Arms, Cost, Service, changed_shares, write_model
+from benchmarks.service_process import stock_server
+from benchmarks.sync_arms import CONTEXT, Arms, Cost, Service, changed_shares, write_model
 
 HEADER = (
     "| model | changed | kind | bytes | make s | send s | CPU s of it, trainer + service "
@@ -104,7 +105,8 @@ def measure(service: Service, model: str, args: argparse.Namespace) -> list[Row]
 def measure_stock(folder: Path, log: Path, args: argparse.Namespace) -> Row:
     """vLLM's own reload, with its own flags."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    with StockServer.started(folder, log, args.stock) as server:
+    flags = ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), *shlex.split(args.stock)]
+    with stock_server(str(folder), log, *flags) as server:
         server.reload()  # the first warms up
         times = [server.reload() for _ in range(args.repeats)]
     costs = [Cost("vLLM's reload", size, 0.0, seconds, 1e3 * seconds, 0) for seconds in times]

@@ -55,7 +55,7 @@ class VllmEngine:
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
         self._is_lost = self._is_paused = False
-        self._version = self._adopted = 0
+        self._kept_version = self._adopted_version = 0
         self._prepared: tuple[str, dict[str, PartDigest]] | None = None  # path, and what the workers said of it
         self._stall_watch = StallWatch(max(settings.request_timeout_s, _SHORTEST_STALL_S))
         config = llm.model_config
@@ -100,7 +100,7 @@ class VllmEngine:
         except EngineError as error:
             raise ValueError(str(error)) from error
         self.info = replace(self.info, kv_cache_bytes=min(int(reply["kv_cache_bytes"]) for reply in replies))
-        await self._name_version(self._version)
+        await self._name_version(self._kept_version)
         await warm_up(self)
 
     @property
@@ -212,7 +212,7 @@ class VllmEngine:
         Running sequences are recomputed: without that they, and prompts that share their prefix, would go on with
         keys and values of the old weights.
         """
-        self._adopted = version
+        self._adopted_version = version
         core = self._llm.engine_core
         forgetting = self._core(core.reset_prefix_cache_async(reset_running_requests=True))
         is_forgotten, _ = await asyncio.gather(forgetting, self._name_version(version))  # at once: sampling waits
@@ -222,7 +222,7 @@ class VllmEngine:
     async def revert(self) -> None:
         """Put the old values of the last write back, and the name of their version."""
         await self._workers("flashrl_revert")
-        await self._name_version(self._version)
+        await self._name_version(self._kept_version)
 
     async def keep(self) -> None:
         """Drop the old values."""
@@ -231,7 +231,7 @@ class VllmEngine:
         except EngineError as error:
             self._is_lost = True
             raise EngineDeadError(f"the old values could not be dropped: {error}") from error
-        self._version = self._adopted
+        self._kept_version = self._adopted_version
 
     async def _name_version(self, version: int) -> None:
         """What vLLM says that tokens from now on belong to."""

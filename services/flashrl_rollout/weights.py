@@ -53,7 +53,7 @@ class Weights:
         self._digests = dict(digests)
         self._lock = asyncio.Lock()
         self._is_paused = False
-        self._is_kept = True  # no old values are held any more
+        self._holds_old = False  # old values that the next write would put back
 
     @classmethod
     async def of(cls, engine: Engine, gate: VersionGate, settings: WriteSettings) -> "Weights":
@@ -91,20 +91,19 @@ class Weights:
         """
         async with self._lock:
             try:
-                await self._settle()
+                await self._drop_old()
                 if prepare is not None:
                     await self._prepare(prepare)
                 pause_ms = await self._replace_at_rest(write, version, expected_digest)
-                await self._settle()
+                await self._drop_old()
             except (EngineError, TimeoutError) as error:
                 raise poisoned_error() if self.poisoned else wire_error(error) from error
             return pause_ms
 
-    async def _settle(self) -> None:
-        """Drop the old values of the last update, if they are still held: the next write would put them back."""
-        if not self._is_kept:
+    async def _drop_old(self) -> None:
+        if self._holds_old:
             await self._limited(self._engine.keep())
-            self._is_kept = True
+            self._holds_old = False
 
     async def _replace_at_rest(self, write: Write, version: int, expected_digest: str | None) -> float:
         laps = Laps()
@@ -164,7 +163,7 @@ class Weights:
                 await self._limited(self._engine.revert())
                 is_doubtful = was_poisoned
                 raise
-            self._digests, self._gate.version, self._is_kept, is_doubtful = digests, version, False, False
+            self._digests, self._gate.version, self._holds_old, is_doubtful = digests, version, True, False
         finally:  # not before: who asks meanwhile is told of the last version, not of a doubt
             self.poisoned = is_doubtful
 

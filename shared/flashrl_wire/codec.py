@@ -33,8 +33,8 @@ PART_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 MAX_BLOCK_BYTES = 4 << 20
 _ESCAPE = 0xFFFF  # this gap stands in the wide array instead
 _GAP_BYTES, _WIDE_BYTES = 2, 8
-_MOST_THREADS = 8  # that compress
-_ALONE_BLOCKS = 8  # so few of them are not worth starting threads
+_MOST_THREADS = 8
+_BLOCKS_WORTH_THREADS = 8
 
 Bytes = NDArray[np.uint8]
 
@@ -63,7 +63,7 @@ def encode(changes: Iterable[Change], block_bytes: int = 2 << 20) -> Encoded:
         segments.append(segment)
         raw.extend(planes)
         changed += change.changed
-    is_large = sum(array.nbytes for array in raw) > _ALONE_BLOCKS * block_bytes
+    is_large = sum(array.nbytes for array in raw) >= _BLOCKS_WORTH_THREADS * block_bytes
     for raw_bytes, payload in _compressed(_blocks(raw, block_bytes), _num_threads() if is_large else 1):
         payloads.append(payload)
         chunks.append(Chunk(raw_bytes=raw_bytes, wire_bytes=len(payload), hash=chunk_hash(payload)))
