@@ -22,7 +22,8 @@ READY = "READY: nothing may be compiled from here on"
 @pytest.mark.parametrize("quantization", ["int8", "none"])
 def test_no_kernel_is_compiled_during_a_request(quantization: str) -> None:
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "warm_requests.py"), str(MODEL), quantization]
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800, check=False
     )

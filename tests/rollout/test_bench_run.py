@@ -3,6 +3,8 @@
 import json
 import os
 import select
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -202,6 +204,35 @@ def test_stopping_a_child_ends_what_it_started(tmp_path: Path) -> None:
     child.stop()
     assert select.select([grandchild], [], [], LIMIT_S)[0]
     os.close(grandchild)
+
+
+KILLED_BENCH = """
+import os, pathlib, signal, sys
+from flashrl_rollout.bench.process import Child
+
+child = Child("it", ["sleep", "600"], os.environ, pathlib.Path(sys.argv[1]), stops_by_signal=sys.argv[2] == "signal")
+print(child._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death")
+@pytest.mark.parametrize("mode", ["signal", "none"])
+def test_a_service_is_told_to_stop_when_its_benchmark_is_killed(mode: str, tmp_path: Path) -> None:
+    script = tmp_path / "bench.py"
+    script.write_text(KILLED_BENCH)
+    command = [sys.executable, str(script), str(tmp_path / "log"), mode]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        service = int(bench.stdout.readline())
+        handle = os.pidfd_open(service)
+        bench.kill()
+        bench.wait(LIMIT_S)
+        has_ended = bool(select.select([handle], [], [], 10.0 if mode == "signal" else 0.5)[0])
+    os.close(handle)
+    if not has_ended:
+        os.kill(service, signal.SIGKILL)
+    assert has_ended == (mode == "signal")
 
 
 def test_arms_know_no_settings_of_a_service_and_an_engine_in_none_no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

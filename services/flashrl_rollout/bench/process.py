@@ -3,10 +3,12 @@
 Knows processes; knows nothing of what they do.
 """
 
+import ctypes
 import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,17 +20,36 @@ _STOP_S = 30.0
 _LOG_LINES = 15
 _READ_BYTES = 1 << 16
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Child:
-    """One process that takes lines on its standard input and gives lines on its standard output; errors go to `log`."""
+    """One process that takes lines on its standard input and gives lines on its standard output; errors go to `log`.
 
-    def __init__(self, what: str, command: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
+    When this process is killed, its standard input ends; one that does not read it `stops_by_signal`, on Linux.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        log: Path,
+        *,
+        stops_by_signal: bool = False,
+    ) -> None:
         self._what, self._log, self._unread = what, log, b""
         with log.open("wb") as out:
             # a group of its own: Ctrl-C reaches the benchmark alone, which then ends its children in order
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, env=environ, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                env=environ,
+                start_new_session=True,
+                preexec_fn=_stop_with_parent if stops_by_signal else None,
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -96,6 +117,12 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._stdout.close()
+
+
+def _stop_with_parent() -> None:
+    """In the child, before its program: SIGTERM once the thread that started it is gone, even after SIGKILL."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def arm_environment(name: str) -> dict[str, str]:

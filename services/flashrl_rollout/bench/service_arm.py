@@ -43,7 +43,8 @@ class ServiceArm:
         return self._name
 
     def start(self) -> None:
-        self._child = Child(str(self._name), self._command, arm_environment(str(self._name)), self._log)
+        environ = arm_environment(str(self._name))
+        self._child = Child(str(self._name), self._command, environ, self._log, stops_by_signal=True)
 
     def is_ready(self) -> bool:
         child = self._started()
