@@ -207,7 +207,7 @@ def test_stopping_a_child_ends_what_it_started(tmp_path: Path) -> None:
 
 
 KILLED_BENCH = """
-import os, pathlib, signal, sys
+import os, pathlib, sys
 from flashrl_rollout.bench.process import Child
 
 child = Child("it", ["sleep", "600"], os.environ, pathlib.Path(sys.argv[1]), stops_by_signal=sys.argv[2] == "signal")
