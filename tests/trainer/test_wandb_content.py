@@ -40,13 +40,15 @@ class Quiet:
 
 
 def payloads(content: bytes) -> Iterator[bytes]:
-    """The log's records; one may be cut into pieces over several blocks."""
+    """The log's whole records, of a file that may still be growing; one may be cut into pieces over several blocks."""
     position, pieces = 7, b""
     while position + 7 <= len(content):
         _, length, kind = struct.unpack_from("<IHB", content, position)
         if kind == 0:  # the rest of a block
             position += BLOCK_BYTES - position % BLOCK_BYTES
             continue
+        if position + 7 + length > len(content):  # W&B is still writing this piece
+            return
         pieces += content[position + 7 : position + 7 + length]
         position += 7 + length
         if BLOCK_BYTES - position % BLOCK_BYTES < 7:
@@ -97,6 +99,20 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             chat = [{"role": "user", "content": "Why?"}]
             writer.samples(step, Sampled([group(f"a/{step}", "How many?"), group(f"b/{step}", chat)]))
     return folder
+
+
+def test_a_file_read_while_it_is_written_gives_its_whole_records(run_dir: Path) -> None:
+    records(run_dir)  # to the end
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    whole = list(payloads(content))
+    counts = []
+    for cut in range(len(content)):
+        found = list(payloads(content[:cut]))
+        assert found == whole[: len(found)]
+        counts.append(len(found))
+    assert counts == sorted(counts)
+    assert set(counts) == set(range(len(whole)))
 
 
 def test_every_number_is_that_of_metrics_jsonl(run_dir: Path) -> None:
