@@ -14,7 +14,7 @@ from torch import Tensor
 from flashrl_rollout import stored_state
 from flashrl_wire import codec, delta
 from flashrl_wire.delta import Change
-from flashrl_wire.digest import PartDigest, combine
+from flashrl_wire.digest import PartDigest
 from flashrl_wire.layout import WeightLayout
 from flashrl_wire.messages import Manifest
 
@@ -38,8 +38,7 @@ class State:
     @property
     def digest(self) -> str:
         """The combined digest."""
-        specs = {part.name: part for part in self.layout.parts()}
-        return combine({specs[name]: value for name, value in self.digests.items()})
+        return stored_state.combined(self.layout, self.digests)
 
     @property
     def num_bytes(self) -> int:

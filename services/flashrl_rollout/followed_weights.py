@@ -11,9 +11,8 @@ from flashrl_rollout.engine import EngineError
 from flashrl_rollout.manifest_checks import Base, check_manifest
 from flashrl_rollout.rank_replies import Reply
 from flashrl_rollout.runtime_weights import RuntimeWeights, TakeBackError, as_text
-from flashrl_wire import digest
 from flashrl_wire.delta import Change
-from flashrl_wire.digest import PartDigest
+from flashrl_wire.digest import Combiner, PartDigest
 from flashrl_wire.errors import DigestMismatchError, WireError
 from flashrl_wire.layout import PartSpec
 from flashrl_wire.messages import Manifest
@@ -33,13 +32,14 @@ class FollowedWeights:
         replies = exchange({**description, "digests": as_text(weights.digests())})
         self.layout = rank_replies.layout(replies)
         self.parts = {part.name: part for part in self.layout.parts()}
+        self._combiner = Combiner(self.layout.parts())
         self.version = 0
         self._digests = rank_replies.digests(replies)
 
     @property
     def digest(self) -> str:
         """The combined digest of all ranks' weights."""
-        return self._combined(self._digests)
+        return self._combiner.combine(self._digests)
 
     def state(self) -> dict[str, Any]:
         """Version, digest and layout, as JSON would have them."""
@@ -89,10 +89,7 @@ class FollowedWeights:
         rank_replies.check(replies)
         shifts = rank_replies.digests(replies)
         digests = self._digests | {name: self._digests[name] + shift for name, shift in shifts.items()}
-        found = self._combined(digests)
+        found = self._combiner.combine(digests)
         if found != manifest.digest:
             raise DigestMismatchError(f"written weights have digest {found}, declared was {manifest.digest}")
         return digests
-
-    def _combined(self, digests: Mapping[str, PartDigest]) -> str:
-        return digest.combine({self.parts[name]: value for name, value in digests.items()})

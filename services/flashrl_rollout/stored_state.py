@@ -12,8 +12,8 @@ from torch import Tensor
 from flashrl_rollout.checkpoint_reader import Checkpoint
 from flashrl_rollout.head_copies import head_copies
 from flashrl_wire.codec import TORCH_DTYPE
-from flashrl_wire.digest import PartDigest, combine, digest_range
-from flashrl_wire.layout import PartSpec, TensorSpec, WeightLayout
+from flashrl_wire.digest import Combiner, PartDigest, digest_range
+from flashrl_wire.layout import TensorSpec, WeightLayout
 from flashrl_wire.quantize import quantize_rows
 
 Parts = dict[str, Tensor]
@@ -68,5 +68,4 @@ def digests(parts: Mapping[str, Tensor]) -> dict[str, PartDigest]:
 
 def combined(layout: WeightLayout, found: Mapping[str, PartDigest]) -> str:
     """The digest of the whole stored form."""
-    specs: dict[str, PartSpec] = {part.name: part for part in layout.parts()}
-    return combine({specs[name]: value for name, value in found.items()})
+    return Combiner(layout.parts()).combine(found)

@@ -13,8 +13,7 @@ from typing import TypeVar
 from flashrl_rollout.engine import CopiesDifferError, Engine, EngineDeadError, EngineError
 from flashrl_rollout.laps import Laps
 from flashrl_rollout.versions import VersionGate
-from flashrl_wire import digest
-from flashrl_wire.digest import PartDigest
+from flashrl_wire.digest import Combiner, PartDigest
 from flashrl_wire.errors import DigestMismatchError, DrainTimeoutError, EngineFailedError, NotReadyError, WireError
 from flashrl_wire.layout import PartSpec, WeightLayout
 from flashrl_wire.messages import PauseMode
@@ -51,6 +50,8 @@ class Weights:
         self.poisoned = False
         self._engine, self._gate, self._settings = engine, gate, settings
         self._digests = dict(digests)
+        self._combiner = Combiner(layout.parts())
+        self._digest = self._combiner.combine(digests)
         self._lock = asyncio.Lock()
         self._is_paused = False
         self._holds_old = False  # old values that the next write would put back
@@ -73,10 +74,7 @@ class Weights:
     @property
     def digest(self) -> str:
         """The combined digest of the current version."""
-        return self._combine(self._digests)
-
-    def _combine(self, digests: Mapping[str, PartDigest]) -> str:
-        return digest.combine({self.parts[name]: value for name, value in digests.items()})
+        return self._digest
 
     async def replace(
         self, write: Write, version: int, expected_digest: str | None, prepare: Prepare | None = None
@@ -154,7 +152,7 @@ class Weights:
                 shifts = await self._written(write, version)
                 laps.end("write")
                 digests = await self._engine.digests() if was_poisoned else self._shifted(shifts)
-                found = self._combine(digests)
+                found = self._combiner.combine(digests)
                 if expected_digest is not None and found != expected_digest:
                     raise DigestMismatchError(f"written weights have digest {found}, declared was {expected_digest}")
             except EngineDeadError:
@@ -163,7 +161,8 @@ class Weights:
                 await self._limited(self._engine.revert())
                 is_doubtful = was_poisoned
                 raise
-            self._digests, self._gate.version, self._holds_old, is_doubtful = digests, version, True, False
+            self._digests, self._digest, self._gate.version = digests, found, version
+            self._holds_old, is_doubtful = True, False
         finally:  # not before: who asks meanwhile is told of the last version, not of a doubt
             self.poisoned = is_doubtful
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashrl_wire.digest import PartDigest, combine, digest_at, digest_range
+from flashrl_wire.digest import Combiner, PartDigest, digest_at, digest_range
 from flashrl_wire.layout import PartSpec
 
 MASK = (1 << 64) - 1
@@ -99,6 +99,10 @@ def test_hex_round_trip(low: int, high: int) -> None:
     digest = PartDigest(low, high)
     assert PartDigest.from_hex(digest.hex()) == digest
     assert digest - digest == PartDigest()
+
+
+def combine(parts: dict[PartSpec, PartDigest]) -> str:
+    return Combiner(parts).combine({part.name: value for part, value in parts.items()})
 
 
 def test_combined_digest_covers_names_shapes_and_types_in_any_order() -> None:

@@ -65,7 +65,8 @@ def applied(update: EncodedUpdate, old: dict[str, torch.Tensor], layout: WeightL
 
 
 def whole_digest(stored: dict[str, torch.Tensor], layout: WeightLayout) -> str:
-    return digest.combine({part: digest.digest_range(stored[part.name]) for part in layout.parts()})
+    digests = {name: digest.digest_range(values) for name, values in stored.items()}
+    return digest.Combiner(layout.parts()).combine(digests)
 
 
 def scenario(ranks: Ranks, folder: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ PAYLOADS = [b"a" * 10, b"b" * 10, b"c" * 10]
 LIMIT_S = 10.0
 BEGIN, COMMIT, ABORT = "POST /load_weights", f"POST /load_weights/{ID}/commit", f"DELETE /load_weights/{ID}"
 NOTHING = WeightLayout(())
-DIGEST = digest.combine({})
+DIGEST = digest.Combiner(()).combine({})
 
 
 def update(kind: str = "delta") -> Outgoing:

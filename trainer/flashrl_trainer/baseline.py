@@ -52,6 +52,7 @@ class Baseline:
     def __init__(self, layout: WeightLayout, ranks: Ranks, block_bytes: int) -> None:
         self._layout, self._ranks, self._block_bytes = layout, ranks, block_bytes
         self._parts = {part.name: part for part in layout.parts()}
+        self._combiner = digest.Combiner(layout.parts())
         self._committed: dict[str, Tensor] = {}
         self._digests: dict[str, PartDigest] = {}
 
@@ -63,7 +64,7 @@ class Baseline:
     def digest(self, digests: dict[str, PartDigest] | None = None) -> str:
         """The combined digest of the committed form, or of `digests`."""
         values = self._digests if digests is None else digests
-        return digest.combine({self._parts[name]: value for name, value in values.items()})
+        return self._combiner.combine(values)
 
     def capture(self, policy: Policy) -> None:
         """Take the policy's present weights as committed; ValueError names a tensor that is NaN or Inf."""
