@@ -55,6 +55,7 @@ class VllmEngine:
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
         self._is_lost = self._is_paused = False
+        self._pausing: asyncio.Future[None] | None = None  # a pause that was asked for, until its answer is read
         self._kept_version = self._adopted_version = 0
         self._prepared: tuple[str, dict[str, PartDigest]] | None = None  # path, and what the workers said of it
         self._stall_watch = StallWatch(max(settings.request_timeout_s, _SHORTEST_STALL_S))
@@ -141,18 +142,32 @@ class VllmEngine:
     async def pause(self, mode: PauseMode, deadline_s: float) -> None:
         """Stop at a step boundary: `keep` freezes running sequences, `drain` finishes them (TimeoutError: go on).
 
-        Calls the engine core directly: vLLM's public `pause_generation` ends in a 20 ms sleep.
+        Without work an engine is at rest as soon as it reads this, and it reads this before whatever it is asked next:
+        its answer is awaited in `resume`. Calls the engine core directly: vLLM's public `pause_generation` ends in a
+        20 ms sleep.
         """
         pausing = self._llm.engine_core.pause_scheduler_async(mode=_MODES[mode], clear_cache=False)
+        self._pausing = asyncio.ensure_future(pausing)
+        await asyncio.sleep(0)  # now it is on its way, ahead of every later call
+        if self._llm.output_processor.has_unfinished_requests():
+            await self._at_rest(deadline_s)
+        self._is_paused = True
+
+    async def _at_rest(self, deadline_s: float) -> None:
         try:
-            await asyncio.wait_for(self._core(pausing), deadline_s)
-            self._is_paused = True
+            await asyncio.wait_for(self._pause_answered(), deadline_s)
         except TimeoutError as error:
             await self.resume()
             raise TimeoutError(f"sequences were still running after {deadline_s:g} s") from error
 
+    async def _pause_answered(self) -> None:
+        pausing, self._pausing = self._pausing, None
+        if pausing is not None:
+            await self._core(pausing)
+
     async def resume(self) -> None:
         """Go on after `pause`."""
+        await self._pause_answered()
         await self._core(self._llm.engine_core.resume_scheduler_async(), _RESUME_TIMEOUT_S)
         self._is_paused = False
 
@@ -252,6 +267,8 @@ class VllmEngine:
         """Stop the engine and its processes."""
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()  # it would report the engine's end as a failure
+        if self._pausing is not None:
+            self._pausing.cancel()
         await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_S)
         self._llm.shutdown = _nothing  # its finalizer calls it again, after the interpreter has taken vLLM apart
 

@@ -1,5 +1,6 @@
 """Updates of a real engine: exact, reversible, all or nothing."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,53 @@ def test_revert_gives_back_output_and_digests(
         assert await greedy(int8_engine) == before
 
     loop.run(there_and_back())
+
+
+def test_an_idle_engine_is_paused_before_it_has_said_so(
+    int8_engine: Engine, loop: LoopThread, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of it afterwards finds it at rest, and what it says is read in the end, good or bad."""
+    core: Any = int8_engine._llm.engine_core  # type: ignore[attr-defined]
+    pause_scheduler = core.pause_scheduler_async
+
+    async def paused_unheard(answer: asyncio.Future[None]) -> None:
+        async def slow(**options: Any) -> None:
+            await pause_scheduler(**options)
+            await answer
+
+        with monkeypatch.context() as patched:
+            patched.setattr(core, "pause_scheduler_async", slow)
+            await int8_engine.pause("keep", 30)
+        assert await core.is_scheduler_paused_async()
+
+    async def updated_unheard() -> None:
+        layout = await int8_engine.layout()
+        await load(int8_engine, checkpoints.first, 15)
+        old, new = (stored_state.read_parts(folder, layout) for folder in (checkpoints.first, checkpoints.third))
+        answer = asyncio.get_running_loop().create_future()
+        await paused_unheard(answer)
+        waiting = asyncio.create_task(int8_engine.generate("waiting", PROMPTS[0], 1, GREEDY, 0))
+        await int8_engine.apply(delta(layout, old, new, tmp_path / "staged"))
+        await int8_engine.adopt(16)
+        assert await int8_engine.digests() == stored_state.digests(new)
+        assert not waiting.done()
+        answer.set_result(None)
+        await int8_engine.resume()
+        (completion,) = await waiting
+        assert {version for version, _, _ in completion.weight_versions} == {16}
+        await int8_engine.keep()
+
+    async def failed_unheard() -> None:
+        answer = asyncio.get_running_loop().create_future()
+        await paused_unheard(answer)
+        answer.set_exception(RuntimeError("no pause"))
+        with pytest.raises(EngineError, match="no pause"):
+            await int8_engine.resume()
+        await int8_engine.resume()
+        await load(int8_engine, checkpoints.first, 17)
+
+    loop.run(updated_unheard())
+    loop.run(failed_unheard())
 
 
 def test_what_was_prepared_for_other_weights_is_made_anew(
