@@ -103,7 +103,7 @@ class RolloutConfig(BaseModel):
         ge=0,
         description="Memory of each engine's device in which an update waits for its commit: as much as its new "
         "values, or 10 to 16 bytes for each of a few elements; what has no room waits on the host, and sampling for "
-        "it; 0: on the CPU 1/16, on CUDA 2",
+        "it; 0: on the CPU 1, on CUDA 2; never more than a part of what is free",
     )
     credit_mib: int = Field(16, ge=5, le=256, description="Bytes of an update in flight; at least one chunk")
     max_update_gib: float = Field(64.0, gt=0, description="Largest decompressed update")

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from flashrl_wire.digest import PartDigest
 
 # CPU: too small for torch to split over threads, whose barriers cost more than the work; CUDA: bounds scratch memory
 _GROUP_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 22}
-_AHEAD_BYTES = {"cpu": 1 << 26, "cuda": 2 << 30}  # scratch memory of an update that waits to be written
+_AHEAD_BYTES = {"cpu": 1 << 30, "cuda": 2 << 30}  # scratch memory of an update that waits to be written
 _LEFT_FREE = 4 << 30  # of a GPU's memory, for whoever shares it; half of what is free where that is more than it
 
 Refresh = Callable[[set[int]], None]
@@ -61,7 +62,7 @@ class RuntimeWeights:
         return {name: part.digests() for name, part in self._parts.items()}
 
     def prepare(self, changes: Iterable[Change], max_bytes: int | None = None) -> Prepared:
-        """Make changes ready in scratch memory of `max_bytes`, on a GPU of what may be taken there; None: the default.
+        """Make changes ready in scratch memory of `max_bytes`, or of what may be taken; None: the default.
 
         Nothing is written, so sampling may go on meanwhile.
 
@@ -81,7 +82,7 @@ class RuntimeWeights:
     def _room(self, max_bytes: int | None) -> int:
         wanted = _AHEAD_BYTES.get(self._device.type, 0) if max_bytes is None else max_bytes
         if self._device.type != "cuda":
-            return wanted
+            return min(wanted, int(psutil.virtual_memory().available) // 4)
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         free = (
             torch.cuda.mem_get_info(self._device)[0] + unused

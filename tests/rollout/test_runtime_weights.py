@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,13 @@ def test_all_of_an_update_is_prepared_where_there_is_room() -> None:
     assert sum(run.patterns.numel() for group in prepared.ready for run in group.runs) == 6
     assert sum(place.patterns.numel() for group in prepared.ready for place in group.scattered) == 2 + 6
     assert list(prepared.rest) == []
+
+
+def test_what_is_made_ready_leaves_most_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free_bytes, room_for in ((1 << 30, 14), (4, 2), (0, 0)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free_bytes: SimpleNamespace(available=free))
+        ready = Rig(group_elements=5).weights.prepare(_changes()).ready
+        assert sum(place.patterns.numel() for group in ready for place in group.places) == room_for
 
 
 def test_what_is_written_twice_is_not_read_ahead() -> None:
