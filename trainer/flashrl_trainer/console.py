@@ -15,7 +15,8 @@ from flashrl_trainer.units import format_bytes, format_seconds
 
 LEGEND = (
     "reward: mean over all samples of the step; eval: held-out problems solved; KL: sampler against trainer;\n"
-    "capped: tokens whose importance weight hit the cap; update: bytes sent of the full weights; pause: of sampling"
+    "capped: tokens whose importance weight hit the cap; tokens: of a response, on average;\n"
+    "update: bytes sent of the full weights; pause: of sampling; time: of the step; left: to the last step"
 )
 HEADER = (
     f"{'step':>9} {'weights':>8} {'reward':>7} {'eval':>7} {'KL':>8} {'capped':>7} {'tokens':>7} "
