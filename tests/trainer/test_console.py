@@ -42,12 +42,14 @@ def test_the_console_has_one_line_a_step_under_a_legend_and_a_header() -> None:
         perf__step_seconds=8.3,
     )
     lines = shown(10, [full_row(0, eval__accuracy=0.25), full_row(1, eval__accuracy=None), row], seconds_a_row=4)
-    assert " ".join(lines[2].split()) == "step weights reward eval KL capped tokens update pause time left"
-    assert " ".join(lines[3].split()) == "0/10 v0 25.0% before training"
-    assert "%" not in lines[4][:33]
+    legend, (header, first, second, third) = " ".join(lines[:3]), lines[3:7]
+    assert " ".join(header.split()) == "step weights reward eval KL capped tokens update pause time left"
+    assert all(f"{column}: " in legend for column in header.split()[1:])
+    assert " ".join(first.split()) == "0/10 v0 25.0% before training"
+    assert "%" not in second[:33]
     # 12 s for the first two steps, so 48 s for the eight to go
     cells = "2/10 v2 0.312 47.5% 0.00123 0.40% 57.2 481.0 kB of 6.5 MB 3.2 ms 8.3 s 48.0 s"
-    assert " ".join(lines[5].split()) == cells
+    assert " ".join(third.split()) == cells
 
 
 def test_without_a_number_of_steps_there_is_no_estimate() -> None:

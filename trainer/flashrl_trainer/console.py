@@ -14,8 +14,8 @@ from flashrl_trainer.settings import TrainerConfig
 from flashrl_trainer.units import format_bytes, format_seconds
 
 LEGEND = (
-    "reward: mean over all samples of the step; eval: held-out problems solved; KL: sampler against trainer;\n"
-    "capped: tokens whose importance weight hit the cap; tokens: of a response, on average;\n"
+    "weights: their version; reward: mean over all samples of the step; eval: held-out problems solved;\n"
+    "KL: sampler against trainer; capped: tokens whose importance weight hit the cap; tokens: mean of a response;\n"
     "update: bytes sent of the full weights; pause: of sampling; time: of the step; left: to the last step"
 )
 HEADER = (
