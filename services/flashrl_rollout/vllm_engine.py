@@ -143,8 +143,8 @@ class VllmEngine:
         """Stop at a step boundary: `keep` freezes running sequences, `drain` finishes them (TimeoutError: go on).
 
         Without work an engine is at rest as soon as it reads this, and it reads this before whatever it is asked next:
-        its answer is awaited in `resume`. Calls the engine core directly: vLLM's public `pause_generation` ends in a
-        20 ms sleep.
+        its answer is awaited with that of `adopt`, or else in `resume`. Calls the engine core directly: vLLM's public
+        `pause_generation` ends in a 20 ms sleep.
         """
         pausing = self._llm.engine_core.pause_scheduler_async(mode=_MODES[mode], clear_cache=False)
         self._pausing = asyncio.ensure_future(pausing)
@@ -230,7 +230,8 @@ class VllmEngine:
         self._adopted_version = version
         core = self._llm.engine_core
         forgetting = self._core(core.reset_prefix_cache_async(reset_running_requests=True))
-        is_forgotten, _ = await asyncio.gather(forgetting, self._name_version(version))  # at once: sampling waits
+        calls = forgetting, self._name_version(version), self._pause_answered()  # at once: sampling waits
+        is_forgotten, *_ = await asyncio.gather(*calls)
         if not is_forgotten:
             raise EngineError("vLLM did not forget the keys and values of the old weights")
 

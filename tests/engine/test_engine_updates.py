@@ -101,10 +101,12 @@ def test_an_idle_engine_is_paused_before_it_has_said_so(
         await paused_unheard(answer)
         waiting = asyncio.create_task(int8_engine.generate("waiting", PROMPTS[0], 1, GREEDY, 0))
         await int8_engine.apply(delta(layout, old, new, tmp_path / "staged"))
-        await int8_engine.adopt(16)
+        adopting = asyncio.create_task(int8_engine.adopt(16))
         assert await int8_engine.digests() == stored_state.digests(new)
         assert not waiting.done()
+        assert not adopting.done()
         answer.set_result(None)
+        await adopting
         await int8_engine.resume()
         (completion,) = await waiting
         assert {version for version, _, _ in completion.weight_versions} == {16}
@@ -115,9 +117,10 @@ def test_an_idle_engine_is_paused_before_it_has_said_so(
         await paused_unheard(answer)
         answer.set_exception(RuntimeError("no pause"))
         with pytest.raises(EngineError, match="no pause"):
-            await int8_engine.resume()
+            await int8_engine.adopt(17)
+        await int8_engine.revert()
         await int8_engine.resume()
-        await load(int8_engine, checkpoints.first, 17)
+        await load(int8_engine, checkpoints.first, 18)
 
     loop.run(updated_unheard())
     loop.run(failed_unheard())
