@@ -39,8 +39,8 @@ MAX_TOKENS = 40
 BLOCK_BYTES = 1 << 20
 SNAPSHOTS_OF_MEMORY = 10
 AUDIT_LIMIT_S = 60.0
-MOST_TOKENS = 200  # of a step: two samples of the longest prompt, begun anew after a commit
-IDS = 512  # that every model has
+MOST_STEP_TOKENS = 200  # two samples of the longest prompt, begun anew after a commit
+SMALLEST_VOCABULARY = 512
 
 
 @dataclass
@@ -110,8 +110,8 @@ class Run:
 
     async def _visit_step_sizes(self) -> None:
         draw = random.Random(self._args.seed)  # prompts that share no beginning: what is cached is not computed
-        for length in range(1, MOST_TOKENS + 1):
-            prompt = [draw.randrange(IDS) for _ in range(length)]
+        for length in range(1, MOST_STEP_TOKENS + 1):
+            prompt = [draw.randrange(SMALLEST_VOCABULARY) for _ in range(length)]
             body = {"prompts": [prompt], "sampling": {"max_tokens": 1}}
             (await self._http.post("/generate", json=body)).raise_for_status()
 

@@ -1,6 +1,6 @@
 """The engine protocol on vLLM's AsyncLLM.
 
-Knows vLLM's pausing, weight versions and worker calls; knows nothing of HTTP, transfers or who asks.
+Knows vLLM's weight versions and worker calls; knows nothing of HTTP, transfers or who asks.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from flashrl_rollout.engine_settings import EngineSettings, environment
 from flashrl_rollout.engine_start import StartEngine
 from flashrl_rollout.gauges import Gauges
 from flashrl_rollout.openai_routes import add_standard_routes
+from flashrl_rollout.pausing import Pausing
 from flashrl_rollout.shared_metrics import SharedMetrics
 from flashrl_rollout.staged import StagedUpdate
 from flashrl_rollout.stall import StallWatch
@@ -36,12 +37,10 @@ from flashrl_wire.messages import PauseMode, Sampling
 
 _CALL_TIMEOUT_S = 1800.0
 _SHORTEST_STALL_S = 60.0  # a busy machine may hold a step up for longer than a short limit of requests
-_RESUME_TIMEOUT_S = 300.0  # longer than any step: an engine that has not answered by then never will
 _HEARTBEAT_S = 0.5
 _PREPARED_POLL_S = 0.002
 _DEATH_NOTICE_S = 1.0
 _SHUTDOWN_S = 20.0
-_MODES = {"keep": "keep", "drain": "wait"}
 
 
 class VllmEngine:
@@ -54,8 +53,8 @@ class VllmEngine:
         self._device_memory = DeviceMemory(settings.tensor_parallel_size)
         self._tokenization = Tokenization(llm.get_tokenizer(), llm.model_config.max_model_len)
         self._layout = WeightLayout(())
-        self._is_lost = self._is_paused = False
-        self._pausing: asyncio.Future[None] | None = None  # a pause that was asked for, until its answer is read
+        self._is_lost = False
+        self._pausing = Pausing(llm, self._core)
         self._kept_version = self._adopted_version = 0
         self._prepared: tuple[str, dict[str, PartDigest]] | None = None  # path, and what the workers said of it
         self._stall_watch = StallWatch(max(settings.request_timeout_s, _SHORTEST_STALL_S))
@@ -112,7 +111,7 @@ class VllmEngine:
     @property
     def _is_stalled(self) -> bool:
         """Whether a step takes longer than a whole request may."""
-        has_work = self._llm.output_processor.has_unfinished_requests() and not self._is_paused
+        has_work = self._llm.output_processor.has_unfinished_requests() and not self._pausing.is_paused
         return self._stall_watch.is_stalled(has_work, self._gauges.last_step)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -140,36 +139,12 @@ class VllmEngine:
         raise EngineError("vLLM ended a request without an answer")
 
     async def pause(self, mode: PauseMode, deadline_s: float) -> None:
-        """Stop at a step boundary: `keep` freezes running sequences, `drain` finishes them (TimeoutError: go on).
-
-        Without work an engine is at rest as soon as it reads this, and it reads this before whatever it is asked next:
-        its answer is awaited with that of `adopt`, or else in `resume`. Calls the engine core directly: vLLM's public
-        `pause_generation` ends in a 20 ms sleep.
-        """
-        pausing = self._llm.engine_core.pause_scheduler_async(mode=_MODES[mode], clear_cache=False)
-        self._pausing = asyncio.ensure_future(pausing)
-        await asyncio.sleep(0)  # now it is on its way, ahead of every later call
-        if self._llm.output_processor.has_unfinished_requests():
-            await self._at_rest(deadline_s)
-        self._is_paused = True
-
-    async def _at_rest(self, deadline_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._pause_answered(), deadline_s)
-        except TimeoutError as error:
-            await self.resume()
-            raise TimeoutError(f"sequences were still running after {deadline_s:g} s") from error
-
-    async def _pause_answered(self) -> None:
-        pausing, self._pausing = self._pausing, None
-        if pausing is not None:
-            await self._core(pausing)
+        """Stop at a step boundary; TimeoutError for a drain past its deadline, and sampling goes on."""
+        await self._pausing.pause(mode, deadline_s)
 
     async def resume(self) -> None:
         """Go on after `pause`."""
-        await self._pause_answered()
-        await self._core(self._llm.engine_core.resume_scheduler_async(), _RESUME_TIMEOUT_S)
-        self._is_paused = False
+        await self._pausing.resume()
 
     async def layout(self) -> WeightLayout:
         """Every stored tensor."""
@@ -230,7 +205,7 @@ class VllmEngine:
         self._adopted_version = version
         core = self._llm.engine_core
         forgetting = self._core(core.reset_prefix_cache_async(reset_running_requests=True))
-        calls = forgetting, self._name_version(version), self._pause_answered()  # at once: sampling waits
+        calls = forgetting, self._name_version(version), self._pausing.answered()  # at once: sampling waits
         is_forgotten, *_ = await asyncio.gather(*calls)
         if not is_forgotten:
             raise EngineError("vLLM did not forget the keys and values of the old weights")
@@ -268,8 +243,7 @@ class VllmEngine:
         """Stop the engine and its processes."""
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()  # it would report the engine's end as a failure
-        if self._pausing is not None:
-            self._pausing.cancel()
+        self._pausing.close()
         await asyncio.to_thread(self._llm.shutdown, _SHUTDOWN_S)
         self._llm.shutdown = _nothing  # its finalizer calls it again, after the interpreter has taken vLLM apart
 
